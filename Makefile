@@ -1,0 +1,36 @@
+# One .venv for everything; every target is safe to run twice.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+export RAY_USAGE_STATS_ENABLED := 0
+export RAY_AUTH_MODE := disabled
+
+.PHONY: setup demo test test-fast lint schemas clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --upgrade pip
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[all,dev]"
+	touch $(STAMP)
+
+demo: setup      ## the whole way on a rendered data set; writes demo/report.html
+	$(BIN)/python examples/demo/run.py
+
+test: setup      ## everything
+	$(BIN)/ruff check .
+	$(BIN)/python -m pytest --durations=10
+
+test-fast: setup ## what needs neither Ray nor an export
+	$(BIN)/python -m pytest -m "not slow and not real"
+
+lint: setup
+	$(BIN)/ruff check .
+
+schemas: setup   ## regenerate schemas/*.json from the code
+	$(BIN)/python -m dclip_qdrant.schemas_json schemas
+
+clean:
+	rm -rf demo

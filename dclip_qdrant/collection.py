@@ -1,0 +1,66 @@
+"""What a collection is: vectors, indexes and the student that fills it. Wishes are TOML (`schemas/collections/`); reality is compared with them."""
+
+import tomllib
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from dclip_qdrant.errors import MismatchError, UsageError
+from dclip_qdrant.lookup import did_you_mean
+
+META = "dclip"  # the key under which a collection's metadata holds ours
+
+
+class VectorSpec(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    multivector: bool = False
+    hnsw: bool = True
+    on_disk: bool = False
+    quantization: Literal["none", "int8"] = "none"
+
+
+class CollectionSpec(BaseModel):
+    """The wish. Cosine distance throughout: vectors are unit vectors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    about: str = ""
+    vectors: dict[Literal["image", "regions"], VectorSpec] = Field(min_length=1)
+    payload_indexes: dict[str, Literal["keyword", "integer", "float", "bm25"]] = {}
+
+    @classmethod
+    def load(cls, name: str | Path = "default") -> "CollectionSpec":
+        """A spec by name or path. Raises UsageError for an unknown name, bad TOML or a wrong key."""
+        folder = specs_folder()
+        path = Path(name) if str(name).endswith(".toml") else folder / f"{name}.toml"
+        if not path.is_file():
+            raise UsageError("--spec", f"no {str(name)!r}", do=did_you_mean(str(name), [p.stem for p in folder.glob("*.toml")]))
+        try:
+            return cls(**tomllib.loads(path.read_text()))
+        except tomllib.TOMLDecodeError as e:
+            raise UsageError(path, f"not TOML: {e}") from e
+        except ValidationError as e:
+            first = e.errors()[0]
+            raise UsageError(path, f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from e
+
+
+def specs_folder() -> Path:
+    """`schemas/collections/`: inside an installed package, or beside it in a checkout."""
+    inside = Path(str(files("dclip_qdrant"))) / "schemas" / "collections"
+    return inside if inside.is_dir() else Path(__file__).parent.parent / "schemas" / "collections"
+
+
+def metadata_of(student: Any) -> dict[str, Any]:
+    """What a collection remembers of the student that fills it."""
+    return {META: {"student": student.model_name, "fingerprint": student.fingerprint, "dim": student.dim, "version": 1}}
+
+
+def check_student(metadata: dict[str, Any], student: Any, collection: str) -> None:
+    """Raises MismatchError unless this very student filled the collection."""
+    said = metadata.get(META)
+    if said is None:
+        raise MismatchError(collection, "a collection that dclip-qdrant didn't make", f"one filled by {student.model_name}", "another --collection name")
+    if said["fingerprint"] != student.fingerprint:
+        raise MismatchError(collection, f"filled by {said['student']}", f"{student.model_name}, the student given",
+                            f"query with {said['student']}, or ingest into another collection")  # fmt: skip

@@ -1,0 +1,27 @@
+"""What one model says about one batch: the one type that objectives see."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The whole (gathered) batch. Vectors are as the tower gave them; objectives normalise.
+
+    image [N, D]; text [M, D]; owner [M]: the picture each caption belongs to; logit_scale: the model's own 1/temperature.
+    """
+
+    image: Tensor
+    text: Tensor
+    owner: Tensor
+    logit_scale: Tensor
+
+    def with_vectors(self, image: Tensor, text: Tensor) -> "Encoded":
+        return Encoded(image, text, self.owner, self.logit_scale)
+
+
+def positives(owner: Tensor, n: int) -> Tensor:
+    """[N, M] 1.0 where caption m belongs to picture n."""
+    return (torch.arange(n, device=owner.device)[:, None] == owner[None]).float()

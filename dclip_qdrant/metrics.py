@@ -1,0 +1,117 @@
+"""Retrieval and classification figures from vectors; numpy alone, so that both wings use the same ones.
+
+Ranks are pessimistic: an item that ties with the right one stands before it, so that a model which says the same of everything scores
+nothing. `mrr` is what DCLIP's code calls MAP: the mean over both directions of 1 / (rank of the best right item).
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+KS = (1, 5, 10)
+
+
+def normalise(x: np.ndarray) -> np.ndarray:
+    """[N, D] -> unit rows; a zero row stays zero."""
+    x = np.asarray(x, np.float32)
+    return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Where the right items came out, from 1.
+
+    t2i [M]: rank of the caption's picture among all pictures. i2t: for each picture the ascending ranks of its captions among all captions.
+    """
+
+    t2i: np.ndarray
+    i2t: list[np.ndarray]
+    owner: np.ndarray
+
+
+def ranks(image: np.ndarray, text: np.ndarray, owner: np.ndarray, *, block: int = 1024) -> Ranks:
+    """image [N, D], text [M, D] unit rows, owner [M] = index of each caption's picture. Memory: block x max(N, M) floats."""
+    owner = np.asarray(owner)
+    if not (np.isfinite(image).all() and np.isfinite(text).all()):
+        raise ValueError("embeddings hold NaN or infinity")
+    t2i = np.empty(len(text), np.int64)
+    for start in range(0, len(text), block):
+        s = text[start : start + block] @ image.T
+        right = s[np.arange(len(s)), owner[start : start + block]]
+        t2i[start : start + block] = (s >= right[:, None]).sum(1)
+    i2t: list[np.ndarray] = []
+    captions: list[list[int]] = [[] for _ in range(len(image))]
+    for m, n in enumerate(owner):
+        captions[n].append(m)
+    for start in range(0, len(image), block):
+        s = image[start : start + block] @ text.T
+        for row, own in zip(s, captions[start : start + block], strict=True):
+            mine = np.sort(row[own])[::-1]
+            others = np.delete(row, own)
+            i2t.append(np.array([(others >= v).sum() for v in mine]) + np.arange(1, len(mine) + 1))
+    return Ranks(t2i, i2t, owner)
+
+
+def per_picture(r: Ranks) -> dict[str, np.ndarray]:
+    """Every figure as one number a picture [N] (captions of a picture averaged), so that means and bootstraps are sums over pictures."""
+    n = len(r.i2t)
+    count = np.maximum(np.bincount(r.owner, minlength=n), 1)
+    mean = lambda v: np.bincount(r.owner, weights=v, minlength=n) / count  # noqa: E731
+    best = np.array([x[0] if len(x) else np.iinfo(np.int64).max for x in r.i2t])
+    out = {f"t2i.r@{k}": mean(r.t2i <= k) for k in KS} | {f"i2t.r@{k}": (best <= k).astype(float) for k in KS}
+    out["t2i.mrr"] = out["t2i.map"] = mean(1.0 / r.t2i)  # one right picture a caption: average precision is the reciprocal rank
+    out["i2t.mrr"] = 1.0 / best
+    out["i2t.map"] = np.array([np.mean(np.arange(1, len(x) + 1) / x) if len(x) else 0.0 for x in r.i2t])
+    return out
+
+
+def retrieval(r: Ranks, *, bootstrap: int = 1000, seed: int = 0) -> dict[str, Any]:
+    """The figures of one evaluation; `ci` holds 95% percentile intervals from resampling pictures with their captions."""
+    each = per_picture(r)
+    weights = np.bincount(r.owner, minlength=len(r.i2t)).astype(float)
+    keys = list(each)
+    values = np.stack([each[k] for k in keys])  # [F, N]
+    by_caption = np.array([k.startswith("t2i") for k in keys])
+
+    def means(take: np.ndarray) -> np.ndarray:
+        w = weights[take]
+        plain = values[:, take].mean(1)
+        return np.where(by_caption, (values[:, take] * w).sum(1) / w.sum(), plain)  # t2i averages over captions
+
+    out: dict[str, Any] = {"t2i": {}, "i2t": {}}
+    point = means(np.arange(len(weights)))
+    for key, v in zip(keys, point, strict=True):
+        way, figure = key.split(".")
+        out[way][figure] = float(v)
+    for figure in ("mrr", "map"):
+        out[figure] = (out["t2i"][figure] + out["i2t"][figure]) / 2
+    out["mean_r@1"] = (out["t2i"]["r@1"] + out["i2t"]["r@1"]) / 2
+    out["n_images"], out["n_texts"] = len(r.i2t), len(r.t2i)
+    if bootstrap:
+        rng = np.random.default_rng(seed)
+        drawn = np.stack([means(rng.integers(0, len(weights), len(weights))) for _ in range(bootstrap)])
+        low, high = np.percentile(drawn, [2.5, 97.5], axis=0)
+        out["ci"] = {"t2i": {}, "i2t": {}}
+        for key, a, b in zip(keys, low, high, strict=True):
+            way, figure = key.split(".")
+            out["ci"][way][figure] = [float(a), float(b)]
+        mean_r1 = (drawn[:, keys.index("t2i.r@1")] + drawn[:, keys.index("i2t.r@1")]) / 2
+        out["ci"]["mean_r@1"] = [float(v) for v in np.percentile(mean_r1, [2.5, 97.5])]
+    return out
+
+
+def paired_difference(a: Ranks, b: Ranks, *, bootstrap: int = 2000, seed: int = 0) -> dict[str, Any]:
+    """b minus a on mean R@1 of both directions, on the same pictures, with its 95% paired-bootstrap interval."""
+    score = lambda r: (lambda e: (e["t2i.r@1"] + e["i2t.r@1"]) / 2)(per_picture(r))  # noqa: E731
+    d = score(b) - score(a)
+    rng = np.random.default_rng(seed)
+    drawn = np.array([d[rng.integers(0, len(d), len(d))].mean() for _ in range(bootstrap)])
+    return {"difference": float(d.mean()), "ci": [float(v) for v in np.percentile(drawn, [2.5, 97.5])]}
+
+
+def zero_shot(image: np.ndarray, label: np.ndarray, classes: np.ndarray) -> float:
+    """Top-1 accuracy of image [N, D] against class vectors [C, D]; label [N]. Ties count as wrong."""
+    s = image @ classes.T
+    right = s[np.arange(len(s)), label]
+    return float(((s >= right[:, None]).sum(1) == 1).mean())

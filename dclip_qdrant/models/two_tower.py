@@ -1,0 +1,274 @@
+"""An open_clip model as the rest of the product sees it: two towers, what of them learns, and in which order their layers stand."""
+
+import copy
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from dclip_qdrant.errors import RecipeError, UsageError
+from dclip_qdrant.preprocess import Preprocess
+
+_ATTENTION = re.compile(r"\.attn\.(in_proj_weight|in_proj_bias|out_proj\.|qkv\.|q\.|k\.|v\.|proj\.|q_proj\.|k_proj\.|v_proj\.|\w*_proj_weight)")
+_OUTPUT = re.compile(r"^visual\.(proj$|head\.|attnpool\.)|^(text\.)?text_projection(\.|$)")
+
+
+class TwoTower(nn.Module):
+    """`open_clip` model, its preprocessing and its tokenizer.
+
+    Norms stay in eval mode while training (batch statistics of a few pictures of one domain are what makes fine-tuned CLIPs collapse).
+    """
+
+    def __init__(self, model: nn.Module, preprocess: Preprocess, tokenizer: Any, *, name: str, config: dict, fingerprint: str) -> None:
+        super().__init__()
+        self.model, self.preprocess, self.tokenizer = model.eval(), preprocess, tokenizer
+        self.name, self.config, self.fingerprint = name, config, fingerprint
+        self.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> "TwoTower":
+        return super().train(False)
+
+    # --- shapes
+
+    @property
+    def _text(self) -> nn.Module:
+        """Where token_embedding, transformer and ln_final are: the model itself or its `text` tower."""
+        return self.model if hasattr(self.model, "token_embedding") else self.model.text
+
+    @property
+    def dim(self) -> int:
+        return self.config["embed_dim"]
+
+    @property
+    def context_length(self) -> int:
+        return self._text.context_length if hasattr(self._text, "context_length") else self.model.context_length
+
+    @property
+    def logit_scale(self) -> Tensor:
+        return self.model.logit_scale.exp()
+
+    @property
+    def dynamic_text(self) -> bool:
+        """A causal text tower that reads its answer at the end token: padding changes nothing and can be cut off."""
+        t = self._text
+        pool = getattr(t, "text_pool_type", getattr(t, "pool_type", None))
+        return hasattr(t, "token_embedding") and getattr(t, "attn_mask", None) is not None and pool in ("argmax", "eos") and getattr(t, "cls_emb", None) is None
+
+    # --- forward
+
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        """[B, 3, S, S] -> [B, D], not normalised."""
+        return self.model.encode_image(pixels)
+
+    @property
+    def has_trunk(self) -> bool:
+        return hasattr(self.model.visual, "trunk") and hasattr(self.model.visual, "head")
+
+    @property
+    def trunk_frozen(self) -> bool:
+        """Nothing below the projection learns: the trunk's features can be computed once and kept."""
+        return self.has_trunk and not any(p.requires_grad for p in self.model.visual.trunk.parameters())
+
+    def trunk(self, pixels: Tensor) -> Tensor:
+        """[B, 3, S, S] -> [B, F], what `head` turns into the embedding."""
+        return self.model.visual.trunk(pixels)
+
+    def head(self, features: Tensor) -> Tensor:
+        return self.model.visual.head(features)
+
+    def tokens(self, texts: list[str]) -> Tensor:
+        """[B, L] ids; L is the longest text of the batch where the tower allows that, else the context length."""
+        ids = self.tokenizer(texts, context_length=self.context_length)
+        if self.dynamic_text:
+            ids = ids[:, : int(self._end(ids).max()) + 1]
+        return ids
+
+    def hidden(self, ids: Tensor) -> Tensor:
+        """[B, L] -> [B, L, W] after the final norm (dynamic text towers only)."""
+        t = self._text
+        n = ids.shape[1]
+        x = t.token_embedding(ids) + t.positional_embedding[:n]
+        return t.ln_final(t.transformer(x, attn_mask=t.attn_mask[:n, :n]))
+
+    def _project(self, x: Tensor) -> Tensor:
+        w = self._text.text_projection
+        return x if w is None else w(x) if isinstance(w, nn.Linear) else x @ w
+
+    def encode_text(self, ids: Tensor) -> Tensor:
+        """[B, L] -> [B, D], not normalised."""
+        if not self.dynamic_text:
+            return self.model.encode_text(ids)
+        return self._project(self.hidden(ids)[torch.arange(len(ids), device=ids.device), self._end(ids)])
+
+    def _end(self, ids: Tensor) -> Tensor:
+        t = self._text
+        if getattr(t, "text_pool_type", getattr(t, "pool_type", None)) == "eos":
+            return (ids == (t.text_eos_id if hasattr(t, "text_eos_id") else t.eos_id)).int().argmax(-1)
+        return ids.argmax(-1)
+
+    def text_tokens(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, L] -> projected token features [B, L, D] and the mask [B, L] of real words (no begin, end or padding), as DCLIP's spans."""
+        if not self.dynamic_text:
+            raise RecipeError("teacher.spans", f"'tokens' with the text tower of {self.name}", "a causal text tower", 'teacher.spans = "phrases"')
+        at, end = torch.arange(ids.shape[1], device=ids.device)[None], self._end(ids)[:, None]
+        return self._project(self.hidden(ids)), (at > 0) & (at < end)
+
+    # --- what learns
+
+    def layers(self, tower: str) -> list[list[str]]:
+        """Parameter names of `image` or `text` from the first layer to the output projection: for layer decay and `last_n`."""
+        mine = [n for n, _ in self.model.named_parameters() if _is_image(n) == (tower == "image") and not n.startswith("logit")]
+        if tower == "image" and self.has_trunk and hasattr(self.model.visual.trunk, "group_matcher"):
+            from timm.models import group_parameters
+
+            groups = group_parameters(self.model.visual.trunk, self.model.visual.trunk.group_matcher())
+            rank = {f"visual.trunk.{n}": g for g, names in groups.items() for n in names}
+            top = max(rank.values(), default=0) + 1
+            of = lambda n: rank.get(n, top)  # noqa: E731
+        else:
+            blocks = [re.search(r"(?:resblocks|blocks|layer)\.?(\d+)\.", n) for n in mine]
+            last = max((int(b.group(1)) for b in blocks if b), default=0)
+            number = {n: int(b.group(1)) for n, b in zip(mine, blocks, strict=True) if b}
+            of = lambda n: number.get(n, last + 1 if _OUTPUT.search(n) or ".ln_post" in n or "ln_final" in n else -1)  # noqa: E731
+        order = sorted({of(n) for n in mine})
+        return [[n for n in mine if of(n) == level] for level in order]
+
+    def choose(self, tower: str, how: str, *, last_n: int = 2, rank: int = 8, alpha: float = 16.0) -> list[str]:
+        """Lets the chosen parameters of one tower learn; their names. `lora` adds low-rank updates (merge with `merge_lora`)."""
+        layers = self.layers(tower)
+        every = [n for layer in layers for n in layer]
+        if how == "frozen":
+            chosen = []
+        elif how == "attn_proj":  # DCLIP's set: q, k, v and out of every attention, and the output projection
+            chosen = [n for n in every if _ATTENTION.search(n) or _OUTPUT.search(n)]
+        elif how == "last_n":
+            chosen = [n for layer in layers[-1 - last_n :] for n in layer] if len(layers) > 1 else every
+        elif how == "full":
+            chosen = every
+        else:
+            return self._add_lora(every, rank, alpha)
+        params = dict(self.model.named_parameters())
+        for name in chosen:
+            params[name].requires_grad_(True)
+        return chosen
+
+    def _add_lora(self, names: list[str], rank: int, alpha: float) -> list[str]:
+        """LoRA (Hu et al. 2021) on every attention, MLP and projection matrix; convolutions count as matrices over their fan-in."""
+        chosen = []
+        for name in names:
+            path, _, leaf = name.rpartition(".")
+            module = self.model.get_submodule(path)
+            weight = getattr(module, leaf)
+            grouped = isinstance(module, nn.Conv2d) and module.groups > 1
+            wanted = leaf in ("weight", "in_proj_weight", "proj", "text_projection") and not isinstance(module, nn.Embedding) and not grouped
+            if wanted and weight.ndim >= 2:
+                parametrize.register_parametrization(module, leaf, _LowRank(weight, rank, alpha))
+                chosen += [f"{path + '.' if path else ''}parametrizations.{leaf}.0.{p}" for p in ("a", "b")]
+        for name, p in self.model.named_parameters():
+            if name in chosen:
+                p.requires_grad_(True)
+        return chosen
+
+    def merge_lora(self) -> None:
+        """Folds low-rank updates into the weights: afterwards the model is a plain open_clip model again."""
+        for module in list(self.model.modules()):
+            for leaf in list(getattr(module, "parametrizations", {})):
+                parametrize.remove_parametrizations(module, leaf, leave_parametrized=True)
+
+    def weights(self) -> dict[str, Tensor]:
+        """The plain open_clip state dict as it stands, low-rank updates merged; copies, on the CPU."""
+        model = self.model
+        if any(parametrize.is_parametrized(m) for m in model.modules()):
+            twin = copy.deepcopy(self)
+            twin.merge_lora()
+            model = twin.model
+        return {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
+
+    def load_weights(self, state: dict[str, Tensor]) -> None:
+        self.model.load_state_dict(state)
+
+
+class _LowRank(nn.Module):
+    """W -> W + (alpha / r) B A; B starts at zero, so nothing changes before the first step."""
+
+    def __init__(self, weight: Tensor, rank: int, alpha: float) -> None:
+        super().__init__()
+        rows, columns = weight.shape[0], weight[0].numel()
+        r = min(rank, rows, columns)
+        self.a = nn.Parameter(torch.randn(r, columns) / columns**0.5)
+        self.b = nn.Parameter(torch.zeros(rows, r))
+        self.scale = alpha / r
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + self.scale * (self.b @ self.a).view_as(weight)
+
+
+def _is_image(name: str) -> bool:
+    return name.startswith("visual.")
+
+
+def interpolate(start: dict[str, Tensor], end: dict[str, Tensor], alpha: float) -> dict[str, Tensor]:
+    """WiSE-FT (Wortsman et al. 2022, eq. 1): (1 - alpha) start + alpha end, for floating-point entries; the others from `end`."""
+    return {k: torch.lerp(start[k].float(), v.float(), alpha).to(v.dtype) if v.is_floating_point() else v for k, v in end.items()}
+
+
+def load(name: str, *, weights: bool = True) -> TwoTower:
+    """A model by open_clip name (`ViT-B-32/openai`, hub at run time), or a local folder with open_clip_config.json and safetensors.
+
+    Raises:
+        UsageError: no such folder, a folder without the two files, an unknown name, or weights that can't be fetched.
+    """
+    folder = Path(name)
+    if folder.is_dir():
+        missing = [f for f in ("open_clip_config.json", "open_clip_model.safetensors") if not (folder / f).is_file()]
+        if missing:
+            raise UsageError(name, f"no {' and no '.join(missing)}", "a folder that open_clip can load")
+        source, pretrained = f"local-dir:{folder.resolve()}", None
+        fingerprint = _hash_files(folder / "open_clip_config.json", folder / "open_clip_model.safetensors")
+        raw = json.loads((folder / "open_clip_config.json").read_text())
+        config = raw["model_cfg"]
+    elif "/" in name and (name.startswith((".", "/")) or name.count("/") > 1) and not name.startswith("hf-hub:"):
+        raise UsageError(name, "no such folder", "a folder with open_clip_config.json, or a name like ViT-B-32/openai")
+    else:
+        source, _, pretrained = (name, "", None) if name.startswith("hf-hub:") else name.partition("/")
+        known = open_clip.list_models()
+        if not name.startswith("hf-hub:") and source not in known:
+            from dclip_qdrant.lookup import did_you_mean
+
+            raise UsageError("--base", f"no model {source!r}", do=did_you_mean(source, known)[:200])
+        if not name.startswith("hf-hub:") and weights and not pretrained:
+            tags = open_clip.list_pretrained_tags_by_model(source)
+            raise UsageError("--base", f"{source!r} without weights", f"{source}/TAG, TAG one of {', '.join(tags) or '(none published)'}")
+        if pretrained and pretrained not in open_clip.list_pretrained_tags_by_model(source):
+            tags = open_clip.list_pretrained_tags_by_model(source)
+            raise UsageError("--base", f"no weights {pretrained!r} for {source}", f"one of {', '.join(tags)}")
+        fingerprint = hashlib.sha256(name.encode()).hexdigest()
+        config = None
+    try:
+        model, _, _ = open_clip.create_model_and_transforms(source, pretrained=pretrained or None, load_weights=weights, pretrained_text=False, output_dict=False)
+        tokenizer = open_clip.get_tokenizer(source)
+    except Exception as e:  # hub, network, safetensors and open_clip each raise their own
+        raise UsageError(name, f"can't be loaded: {str(e).splitlines()[0][:300] or type(e).__name__}", do="check the name, the network, or give a local folder") from e
+    preprocess = Preprocess.of_open_clip(getattr(model.visual, "preprocess_cfg", {}))
+    if config is None:
+        config = open_clip.get_model_config(source) or json.loads(json.dumps(getattr(model, "config", {"embed_dim": _dim(model)})))
+    return TwoTower(model, preprocess, tokenizer, name=name, config=config, fingerprint=fingerprint)
+
+
+def _dim(model: nn.Module) -> int:
+    w = model.text_projection
+    return w.out_features if isinstance(w, nn.Linear) else w.shape[1]
+
+
+def _hash_files(*files: Path) -> str:
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as f:
+            digest.update(hashlib.file_digest(f, "sha256").digest())
+    return digest.hexdigest()

@@ -1,0 +1,91 @@
+"""Pairs: pictures with captions, in the pairs contract."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from upath import UPath
+
+from dclip_qdrant import images
+from dclip_qdrant.contracts import PAIRS
+from dclip_qdrant.errors import InputError, SchemaError, UsageError
+
+_MAKE = "make them with: dclip-qdrant pairs SOURCE -o DIR"
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """An opened pairs folder (or one Parquet file in the pairs contract)."""
+
+    path: UPath
+    files: tuple[UPath, ...]
+    manifest: dict[str, Any]
+
+    @classmethod
+    def open(cls, path: str) -> "Pairs":
+        """Checks that the pairs are whole and in the contract; reads no pictures.
+
+        Raises:
+            UsageError: nothing there. InputError: half-written. SchemaError: a missing or wrong column.
+        """
+        root = UPath(path)
+        if root.is_dir():
+            files = sorted(root.glob("*.parquet"), key=str)
+            if not files:
+                raise UsageError(path, "no Parquet files", "a pairs folder", _MAKE)
+            manifest_file = root / "manifest.json"
+            manifest = json.loads(manifest_file.read_text()) if manifest_file.exists() else None
+        elif root.exists():
+            files, manifest = [root], None
+        else:
+            raise UsageError(path, "no such file or folder", "a pairs folder", _MAKE)
+        for file in files:
+            with file.open("rb") as f:
+                try:
+                    schema = pq.read_schema(f)
+                except pa.ArrowInvalid as e:
+                    raise SchemaError(file, f"not Parquet ({e})", "the pairs contract", _MAKE) from e
+            PAIRS.check(schema, file, do=_MAKE)
+        if manifest is None:
+            if root.is_dir():
+                raise InputError(path, "no manifest.json: these pairs were not written to the end", "a finished pairs folder", _MAKE)
+            manifest = {"fingerprint": images.content_hash(root.read_bytes())}
+        return cls(root, tuple(files), manifest)
+
+    @property
+    def fingerprint(self) -> str:
+        return self.manifest["fingerprint"]
+
+    def table(self, columns: list[str], splits: tuple[str, ...] | None = None) -> pa.Table:
+        """The named columns, of the named splits, in file order."""
+        parts = []
+        for file in self.files:
+            with file.open("rb") as f:
+                table = pq.read_table(f, columns=[*columns, *({"split"} - set(columns))])
+            if splits:
+                table = table.filter(pc.is_in(table["split"], pa.array(splits)))
+            parts.append(table.select(columns))
+        return pa.concat_tables(parts)
+
+    def rows(self, columns: list[str], splits: tuple[str, ...] | None = None, batch: int = 64) -> Iterator[list[dict[str, Any]]]:
+        """Lists of at most `batch` rows, without ever holding more than one file's row group."""
+        for file in self.files:
+            with file.open("rb") as f:
+                for part in pq.ParquetFile(f).iter_batches(batch_size=batch, columns=[*columns, *({"split"} - set(columns))]):
+                    rows = [r for r in part.to_pylist() if not splits or r["split"] in splits]
+                    if rows:
+                        yield rows
+
+    def splits(self) -> dict[str, int]:
+        counted = pc.value_counts(self.table(["split"])["split"]).to_pylist()
+        return {c["values"]: c["counts"] for c in counted}
+
+
+def load_image(row: dict[str, Any]):  # noqa: ANN201  # PIL.Image.Image
+    """The upright RGB picture of a pairs row. Raises ImageError."""
+    data = row["image"] if row.get("image") is not None else images.read(row["uri"])
+    return images.open_rgb(data, row.get("uri") or row["key"])

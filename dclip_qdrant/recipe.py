@@ -1,0 +1,191 @@
+"""A recipe: everything that decides what a student becomes. TOML in `recipes/`, checked whole, unknown keys are errors.
+
+`Recipe.load("dclip", ["train.lr=1e-4"])` reads the file, applies the settings and checks types and ranges. Strings name components
+(`lookup.py`), so that adding an objective or a detector changes nothing here.
+"""
+
+import json
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from dclip_qdrant.errors import RecipeError
+from dclip_qdrant.lookup import did_you_mean
+
+HERE = Path(__file__).parent / "recipes"
+
+Positive = Annotated[int, Field(gt=0)]
+Weight = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Trainable = Literal["frozen", "attn_proj", "last_n", "full", "lora"]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Regions(_Part):
+    detector: str = Field("yolo", description="a file in detectors/, or package.module:Class")
+    options: dict[str, Any] = Field({}, description="keyword arguments of the detector, e.g. weights, image_size, min_score")
+    top_k: Positive = Field(4, description="boxes a picture, by confidence x area")
+    context: Fraction = Field(0.1, description="each side of a crop is widened by this part of the box")
+
+
+class Teacher(_Part):
+    """The region teacher (papers.md 1.1 and 6.2)."""
+
+    fusion: Literal["bidirectional", "regions_only"] = Field("bidirectional", description="text and regions attend to each other, or regions alone (no caption inside)")
+    spans: Literal["tokens", "phrases"] = "tokens"
+    caption: Literal["same", "other"] = Field("other", description="`same` fuses the very caption that is the target (as released: it can be copied); `other` fuses another one")
+    heads: Positive = 8
+    mask_padding: bool = Field(True, description="false: padded rows take part in attention and pooling, as released")
+    normalise_crops: bool = Field(True, description="false: crops are squashed and only scaled to 0..1, as released")
+    include_global: bool = Field(True, description="the whole picture is a region token too")
+    gate: float | Literal["none"] = Field(0.1, description="e = n(image + gate x fused), the start of a learned gate; none: the fused embedding alone, as released")
+    pool_temperature: float = Field(2.0, gt=0)
+    temperature: float = Field(0.05, gt=0, description="of the teacher's InfoNCE")
+    epochs: Positive = 10
+    lr: float = Field(1e-3, gt=0)
+    weight_decay: Weight = 0.0
+    optimizer: Literal["adam", "adamw"] = "adamw"
+    batch_size: Positive = 256
+    schedule: Literal["cosine", "constant"] = "cosine"
+
+
+class Student(_Part):
+    model: str | None = Field(None, description="an open_clip name (ViT-B-32/openai), a local folder, or null: the same model as the base")
+    train: Trainable = Field("attn_proj", description="which image parameters learn; the output projection always does")
+    text: Trainable = Field("frozen", description="which text parameters learn; frozen keeps old text vectors valid")
+    last_n: Positive = Field(2, description="blocks that learn under `last_n`")
+    lora_rank: Positive = 8
+    lora_alpha: float = Field(16.0, gt=0)
+
+
+class Objective(BaseModel):
+    """`name` and `weight`; every other key goes to the objective itself."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    name: str
+    weight: Weight = 1.0
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(self.__pydantic_extra__ or {})
+
+
+class Train(_Part):
+    epochs: Positive = 5
+    batch_size: Positive = Field(256, description="global: what InfoNCE sees, over all workers")
+    chunk_size: Positive = Field(64, description="pictures a forward pass; a larger batch is gradient-cached (same gradient, less memory)")
+    captions: Positive = Field(1, description="captions drawn for each picture in a step")
+    views: Positive = Field(1, description="stored augmentations of each picture (teacher and student see the same); 1 is the plain picture alone")
+    crop_scale: Fraction = Field(0.7, description="smallest area of an augmented view")
+    flip: bool = Field(False, description="mirror half of the views; off, because captions say left and right")
+    lr: float = Field(1e-5, gt=0)
+    text_lr: float | None = Field(None, gt=0, description="null: the same as lr")
+    layer_decay: float = Field(1.0, gt=0, le=1, description="learning rate factor from each layer to the one below it")
+    weight_decay: Weight = 0.01
+    warmup: Fraction = Field(0.1, description="part of all steps")
+    schedule: Literal["cosine", "constant"] = "cosine"
+    clip_norm: float | None = Field(1.0, gt=0)
+    checkpoint_s: float = Field(60.0, ge=0, description="seconds between checkpoints (one at the end of each epoch besides)")
+
+
+class Keep(_Part):
+    """What holds on to the base model's knowledge."""
+
+    l2_sp: Weight = Field(0.0, description="pull towards the starting weights (L2-SP, Li et al. 2018)")
+    ema: Fraction = Field(0.0, description="decay of the averaged weights; 0 is off")
+    wise_ft: tuple[Fraction, ...] = Field((1.0,), min_length=1, description="alphas tried on validation (WiSE-FT, Wortsman et al. 2022); 1 is the student as trained")
+
+
+class Recipe(_Part):
+    name: str
+    about: str = Field("", description="what it is for, in a line or two")
+    regions: Regions = Regions()
+    teacher: Teacher | None = Field(None, description="absent: no teacher, e.g. plain fine-tuning")
+    student: Student = Student()
+    objectives: tuple[Objective, ...] = Field(min_length=1)
+    train: Train = Train()
+    keep: Keep = Keep()
+
+    @classmethod
+    def load(cls, name: str | Path, settings: tuple[str, ...] | list[str] = ()) -> "Recipe":
+        """A recipe by name or path, with `a.b=value` settings on top (values are TOML; `objectives.0.weight=2` reaches into the list).
+
+        Raises:
+            RecipeError: no such recipe, not TOML, an unknown key, a value of the wrong type or out of range.
+        """
+        path = Path(name) if str(name).endswith(".toml") else HERE / f"{name}.toml"
+        if not path.is_file():
+            raise RecipeError("recipe", f"no {str(name)!r}", do=did_you_mean(str(name), recipe_names()))
+        try:
+            raw = tomllib.loads(path.read_text())
+        except tomllib.TOMLDecodeError as e:
+            raise RecipeError(path, f"not TOML: {e}") from e
+        for setting in settings:
+            _set(raw, setting)
+        try:
+            return cls(**raw)
+        except ValidationError as e:
+            raise _readable(path, e) from e
+
+    def with_settings(self, *settings: str) -> "Recipe":
+        """This recipe with settings on top, checked again."""
+        raw = self.as_dict()
+        for setting in settings:
+            _set(raw, setting)
+        try:
+            return Recipe(**raw)
+        except ValidationError as e:
+            raise _readable(self.name, e) from e
+
+    def as_dict(self) -> dict:
+        return self.model_dump(mode="json", exclude_none=True)
+
+
+def recipe_names() -> list[str]:
+    return sorted(p.stem for p in HERE.glob("*.toml"))
+
+
+def _set(raw: dict, setting: str) -> None:
+    path, eq, text = setting.partition("=")
+    if not eq:
+        raise RecipeError("--set", repr(setting), "key.key=value, e.g. train.lr=1e-5")
+    try:
+        value = tomllib.loads(f"v = {text}")["v"]
+    except tomllib.TOMLDecodeError:
+        value = text  # a bare word is a string
+    *parents, last = path.strip().split(".")
+    at: Any = raw
+    for part in parents:
+        try:
+            at = at[int(part)] if isinstance(at, list) else at.setdefault(part, {})
+        except (ValueError, IndexError):
+            at = None
+        if not isinstance(at, dict | list):
+            raise RecipeError("--set", repr(setting), f"a key of the recipe, but there is no {part!r} to reach into")
+    if value == "null":
+        at.pop(last, None) if isinstance(at, dict) else None
+        return
+    if isinstance(at, list):
+        raise RecipeError("--set", repr(setting), "a key inside a list item, e.g. objectives.0.weight=2")
+    at[last] = value
+
+
+def _readable(where: object, e: ValidationError) -> RecipeError:
+    """pydantic's first complaint as one line with the right names."""
+    first = e.errors()[0]
+    key = ".".join(map(str, first["loc"]))
+    if first["type"] == "extra_forbidden":
+        model: Any = Recipe
+        for part in first["loc"][:-1]:
+            field = model.model_fields.get(part) if isinstance(part, str) else None
+            kinds = [a for a in getattr(field.annotation, "__args__", (field.annotation,)) if isinstance(a, type)] if field else []
+            model = next((k for k in kinds if issubclass(k, BaseModel)), model)
+        return RecipeError(where, f"unknown key {key!r}", do=did_you_mean(str(first["loc"][-1]), list(model.model_fields)))
+    if first["type"] == "missing":
+        return RecipeError(where, f"no {key!r}", "a value for it")
+    return RecipeError(where, f"{key} = {json.dumps(first['input'], default=str)}", first["msg"][0].lower() + first["msg"][1:])

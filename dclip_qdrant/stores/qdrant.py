@@ -1,0 +1,160 @@
+"""A Qdrant server (>= 1.20 for BM25 over captions), or qdrant-client's in-memory engine for `:memory:`."""
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+from qdrant_client import QdrantClient
+from qdrant_client import models as m
+from qdrant_client.http.exceptions import ApiException, ResponseHandlingException, UnexpectedResponse
+
+from dclip_qdrant.collection import META, CollectionSpec
+from dclip_qdrant.errors import PointError, StoreError
+from dclip_qdrant.stores import Condition, Hit, Point, Query
+
+RETRY_ON = (408, 429, 500, 502, 503, 504)
+TRIES = 5
+
+
+class Qdrant:
+    """One collection on a server."""
+
+    def __init__(self, name: str, url: str, *, api_key: str | None = None, client: QdrantClient | None = None) -> None:
+        self.name, self.url = name, url
+        self.client = client or (QdrantClient(":memory:") if url == ":memory:" else QdrantClient(url=url, api_key=api_key, timeout=60))
+
+    def _try(self, f: Callable[[], Any]) -> Any:
+        """Calls the server; waits and tries again when it is busy or away, and honours Retry-After."""
+        for attempt in range(TRIES):
+            wait = 0.5 * 2**attempt
+            try:
+                return f()
+            except UnexpectedResponse as e:
+                if e.status_code not in RETRY_ON or attempt == TRIES - 1:
+                    kind = PointError if e.status_code in (400, 413, 422) else StoreError
+                    raise kind(f"{self.url}/{self.name}", f"HTTP {e.status_code}: {e.content.decode(errors='replace')[:300]}") from e
+                wait = float(e.headers.get("retry-after", wait)) if e.headers else wait
+            except (ResponseHandlingException, ApiException) as e:
+                if attempt == TRIES - 1:
+                    raise StoreError(self.url, f"no answer: {str(e)[:200]}", "a Qdrant server", "check --url") from e
+            except ValueError as e:  # qdrant-client's own engine
+                raise PointError(self.name, str(e)[:300]) from e
+            time.sleep(min(wait, 30))
+
+    def exists(self) -> bool:
+        return self._try(lambda: self.client.collection_exists(self.name))
+
+    def create(self, spec: CollectionSpec, dim: int, metadata: dict[str, Any]) -> None:
+        vectors = {
+            name: m.VectorParams(
+                size=dim, distance=m.Distance.COSINE, on_disk=v.on_disk, hnsw_config=None if v.hnsw else m.HnswConfigDiff(m=0),
+                multivector_config=m.MultiVectorConfig(comparator=m.MultiVectorComparator.MAX_SIM) if v.multivector else None,
+                quantization_config=m.ScalarQuantization(scalar=m.ScalarQuantizationConfig(type=m.ScalarType.INT8, quantile=0.99, always_ram=True)) if v.quantization == "int8" else None,
+            )
+            for name, v in spec.vectors.items()
+        }  # fmt: skip
+        metadata = {META: {**metadata[META], "spec": spec.model_dump(mode="json")}}
+        self._try(lambda: self.client.create_collection(self.name, vectors_config=vectors, metadata=metadata))
+        import warnings
+
+        for key, kind in spec.payload_indexes.items():
+            schema: Any = {"keyword": m.PayloadSchemaType.KEYWORD, "integer": m.PayloadSchemaType.INTEGER, "float": m.PayloadSchemaType.FLOAT}.get(kind)
+            if kind == "bm25":
+                schema = m.TextIndexParams(type=m.TextIndexType.TEXT, tokenizer=m.TokenizerType.WORD, scoring=m.TextScoringParams(type=m.TextScoringType.BM25))
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message=".*[Pp]ayload indexes have no effect.*")  # the in-memory engine needs none
+                self._try(lambda k=key, s=schema: self.client.create_payload_index(self.name, k, s, wait=True))
+
+    def metadata(self) -> dict[str, Any]:
+        return (self._try(lambda: self.client.get_collection(self.name)).config.metadata or {}) if self.exists() else {}
+
+    def _known(self) -> Any:
+        if not self.exists():
+            names = [c.name for c in self._try(self.client.get_collections).collections]
+            raise StoreError(self.url, f"no collection {self.name!r}", f"one of {', '.join(names)}" if names else "an ingested collection", "dclip-qdrant ingest")
+        return self._try(lambda: self.client.get_collection(self.name))
+
+    def describe(self) -> dict[str, Any]:
+        info = self._known()
+        spec = (info.config.metadata or {}).get(META, {}).get("spec", {})
+        vectors = info.config.params.vectors
+        dims = {k: v.size for k, v in vectors.items()} if isinstance(vectors, dict) else {"": vectors.size}
+        return {"engine": "qdrant", "url": self.url, "points": self.count(), "dim": dims.get("image"), "vectors": spec.get("vectors", dims), "payload_indexes": spec.get("payload_indexes", {}),
+                "segments": info.segments_count, "indexed_vectors": info.indexed_vectors_count}  # fmt: skip
+
+    def count(self) -> int:
+        self._known()
+        return self._try(lambda: self.client.count(self.name, exact=True)).count
+
+    def payloads(self, ids: list[str], keys: list[str]) -> dict[str, dict[str, Any]]:
+        if not ids:
+            return {}
+        found = self._try(lambda: self.client.retrieve(self.name, ids, with_payload=keys, with_vectors=False))
+        return {str(r.id): {k: (r.payload or {}).get(k) for k in keys} for r in found}
+
+    def upsert(self, points: list[Point]) -> None:
+        rows = [
+            m.PointStruct(id=p.id, vector={"image": p.image.tolist()} | ({"regions": p.regions.tolist()} if p.regions is not None else {}), payload=p.payload)
+            for p in points
+        ]  # fmt: skip
+        self._try(lambda: self.client.upsert(self.name, rows, wait=True))
+
+    def query(self, query: Query) -> list[Hit]:
+        where = _filter(query.where, query.exclude)
+        live: list[tuple[Any, str, float]] = []
+        if query.vector is not None and query.weights[0] > 0:
+            live.append((query.vector.tolist(), "image", query.weights[0]))
+        if query.text is not None and query.weights[1] > 0:
+            live.append((m.TextQuery(text=m.TextQueryInput(query=query.text)), "caption", query.weights[1]))
+        how: dict[str, Any] = {"limit": query.limit, "with_payload": True, "with_vectors": ["regions"] if query.with_regions else False}
+        prefetch = [m.Prefetch(query=q, using=using, limit=query.candidates, filter=where) for q, using, _ in live]
+        fusion = m.RrfQuery(rrf=m.Rrf(k=query.rrf_k, weights=[w for _, _, w in live]))
+        if query.rescore is not None:
+            inner = prefetch if len(prefetch) == 1 else [m.Prefetch(prefetch=prefetch, query=fusion, limit=query.candidates)]
+            call = lambda: self.client.query_points(self.name, prefetch=inner, query=query.rescore.tolist(), using="regions", **how)  # noqa: E731
+        elif len(live) == 1:
+            call = lambda: self.client.query_points(self.name, query=live[0][0], using=live[0][1], query_filter=where, **how)  # noqa: E731
+        else:
+            call = lambda: self.client.query_points(self.name, prefetch=prefetch, query=fusion, **how)  # noqa: E731
+        self._known()
+        return [Hit(str(p.id), float(p.score), dict(p.payload or {}), _matrix(p.vector)) for p in self._try(call).points]
+
+    def scroll(self, *, with_vectors: bool = False) -> Iterator[Point]:
+        offset: Any = None
+        while True:
+            at = offset
+            rows, offset = self._try(lambda: self.client.scroll(self.name, limit=256, offset=at, with_payload=True, with_vectors=with_vectors))
+            for r in rows:
+                v = r.vector or {}
+                yield Point(str(r.id), np.asarray(v["image"], np.float32) if with_vectors else np.zeros(0, np.float32), _matrix(v), dict(r.payload or {}))
+            if offset is None:
+                return
+
+    def finish(self) -> None:
+        """The server indexes in the background by itself."""
+
+    def close(self) -> None:
+        self.client.close()
+
+
+def _matrix(vectors: Any) -> np.ndarray | None:
+    rows = vectors.get("regions") if isinstance(vectors, dict) else None
+    return np.asarray(rows, np.float32) if rows is not None else None
+
+
+def _filter(where: tuple[Condition, ...], exclude: tuple[str, ...]) -> m.Filter | None:
+    must: list[Any] = []
+    must_not: list[Any] = []
+    for c in where:
+        if c.op in ("=", "!="):
+            any_of = [m.FieldCondition(key=c.key, match=m.MatchValue(value=v)) if not isinstance(v, float) else m.FieldCondition(key=c.key, range=m.Range(gte=v, lte=v)) for v in c.values]
+            (must if c.op == "=" else must_not).append(any_of[0] if len(any_of) == 1 else m.Filter(should=any_of))
+        elif c.op == "~":
+            must.append(m.FieldCondition(key=c.key, match=m.MatchText(text=str(c.values[0]))))
+        else:
+            bound = {">=": "gte", "<=": "lte", ">": "gt", "<": "lt"}[c.op]
+            must.append(m.FieldCondition(key=c.key, range=m.Range(**{bound: float(c.values[0])})))
+    if exclude:
+        must_not.append(m.HasIdCondition(has_id=list(exclude)))
+    return m.Filter(must=must or None, must_not=must_not or None) if must or must_not else None

@@ -1,0 +1,92 @@
+"""Figures of a TwoTower while it is in memory. The same figures of an exported student come from `evaluation.py`, through onnxruntime."""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+
+from dclip_qdrant import metrics
+from dclip_qdrant.data import Pictures, load_cache
+from dclip_qdrant.labelled import Labelled
+from dclip_qdrant.models.two_tower import TwoTower
+from dclip_qdrant.pairs import Pairs
+from dclip_qdrant.training.student_task import normalised
+
+BATCH = 64
+
+
+class EvalSet:
+    """A split of pairs, ready to be evaluated again and again: what the towers' frozen parts say of it is computed once."""
+
+    def __init__(self, pairs: Pairs, split: str, features: Any | None, device: str = "cpu") -> None:
+        self.pictures = Pictures(pairs, split)
+        self.captions: list[list[str]] = pairs.table(["captions"], (split,))["captions"].to_pylist()
+        self.owner = np.repeat(np.arange(len(self.captions)), [len(c) for c in self.captions])
+        self.cache = load_cache(self.pictures.keys, [len(c) for c in self.captions], features, need=("texts",)) if features is not None else None
+        self.device = device
+
+    def vectors(self, model: TwoTower, *, cached_text: bool) -> tuple[np.ndarray, np.ndarray]:
+        """image [N, D] and text [M, D], unit rows."""
+        if model.trunk_frozen and self.cache is not None and self.cache.trunk.shape[-1]:
+            image = _batched(lambda x: model.head(x), self.cache.trunk[:, 0], self.device)
+        else:
+            image = encode_images(model, self.pictures.load, len(self.pictures), self.device)
+        if cached_text and self.cache is not None:
+            text = self.cache.texts.astype(np.float32)
+        else:
+            text = encode_texts(model, [c for cs in self.captions for c in cs], self.device)
+        return metrics.normalise(image), metrics.normalise(text)
+
+    def ranks(self, model: TwoTower, *, cached_text: bool = False) -> metrics.Ranks:
+        return metrics.ranks(*self.vectors(model, cached_text=cached_text), self.owner)
+
+
+class LabelledSet:
+    """Labelled pictures; a frozen trunk sees them once."""
+
+    def __init__(self, path: str, device: str = "cpu") -> None:
+        self.data, self.device = Labelled.open(path), device
+        self._trunk: np.ndarray | None = None
+
+    def accuracy(self, model: TwoTower) -> float:
+        if model.trunk_frozen:
+            if self._trunk is None:
+                self._trunk = encode_images(model, self.data.load, len(self.data), self.device, trunk=True)
+            image = _batched(lambda x: model.head(x), self._trunk, self.device)
+        else:
+            image = encode_images(model, self.data.load, len(self.data), self.device)
+        classes = encode_texts(model, self.data.prompts, self.device)
+        return metrics.zero_shot(metrics.normalise(image), np.array(self.data.labels), metrics.normalise(classes))
+
+
+@torch.no_grad()
+def _batched(f: Any, x: np.ndarray, device: str) -> np.ndarray:
+    return np.concatenate([f(torch.from_numpy(x[i : i + 512].astype(np.float32)).to(device)).float().cpu().numpy() for i in range(0, len(x), 512)])
+
+
+@torch.no_grad()
+def encode_images(model: TwoTower, load: Any, n: int, device: str = "cpu", *, trunk: bool = False) -> np.ndarray:
+    """[N, D] (or trunk features [N, F]) of pictures 0..n-1, decoded on threads ahead of the model."""
+    with ThreadPoolExecutor(max(2, os.cpu_count() or 2)) as pool:
+        pixels = pool.map(lambda i: model.preprocess.pixels(load(i)), range(n))
+        out = []
+        for start in range(0, n, BATCH):
+            batch = torch.from_numpy(np.stack([next(pixels) for _ in range(min(BATCH, n - start))])).to(device)
+            x = normalised(batch, model)
+            out.append((model.trunk(x) if trunk else model.encode_image(x)).float().cpu().numpy())
+    return np.concatenate(out)
+
+
+@torch.no_grad()
+def encode_texts(model: TwoTower, texts: list[str], device: str = "cpu") -> np.ndarray:
+    """[M, D]; texts of like length go together, so that little is padded."""
+    order = np.argsort([len(t) for t in texts], kind="stable")
+    out: np.ndarray | None = None
+    for start in range(0, len(texts), 256):
+        at = order[start : start + 256]
+        v = model.encode_text(model.tokens([texts[i] for i in at]).to(device)).float().cpu().numpy()
+        out = np.zeros((len(texts), v.shape[1]), np.float32) if out is None else out
+        out[at] = v
+    return out if out is not None else np.zeros((0, model.dim), np.float32)

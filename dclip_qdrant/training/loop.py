@@ -1,0 +1,200 @@
+"""The training loop: plain torch. A task says what a batch is and what its loss is; the loop steps, gathers, caches gradients and resumes.
+
+Every draw (order, caption, view) follows from (seed, epoch, picture), never from a running generator: a resumed run sees the batches that the
+unbroken one would have seen, and any number of workers sees the same ones.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dclip_qdrant.training.checkpoint import Checkpoints
+from dclip_qdrant.training.distributed import Comm
+
+Vectors = dict[str, Tensor]  # name -> [B, D] or [B * C, D]; rows of the batch in order
+
+
+class Task(Protocol):
+    """What a run trains."""
+
+    size: int  # pictures
+    modules: nn.Module  # what learns behind `encode`
+    objectives: nn.Module  # what learns behind `loss`
+
+    def groups(self) -> list[dict[str, Any]]: ...  # optimizer groups: params, lr, weight_decay
+
+    def batch(self, index: np.ndarray, epoch: int) -> Any: ...  # loaded on another thread; slices with `part`
+
+    def part(self, batch: Any, start: int, stop: int) -> Any: ...
+
+    def encode(self, part: Any) -> Vectors: ...  # with gradient
+
+    def fixed(self, batch: Any) -> Vectors: ...  # without: the teacher's vectors
+
+    def loss(self, live: Vectors, fixed: Vectors) -> tuple[Tensor, dict[str, float]]: ...  # of the whole batch
+
+
+def order(n: int, batch: int, *, seed: int, epoch: int) -> np.ndarray:
+    """[steps, batch] picture indices of an epoch; what doesn't fill a batch waits for another epoch's shuffle."""
+    shuffled = np.random.default_rng([seed, epoch]).permutation(n)
+    return shuffled[: n // batch * batch].reshape(-1, batch)
+
+
+def fit(
+    task: Task,
+    *,
+    epochs: int,
+    batch_size: int,
+    chunk_size: int,
+    warmup: float,
+    schedule: str,
+    clip_norm: float | None,
+    checkpoint_s: float,
+    seed: int,
+    optimizer: str = "adamw",
+    l2_sp: float = 0.0,
+    ema: float = 0.0,
+    comm: Comm | None = None,
+    checkpoints: Checkpoints | None = None,
+    device: str = "cpu",
+    say: Callable[[str], None] = lambda line: None,
+    after_epoch: Callable[[int], dict[str, float]] | None = None,
+) -> list[dict[str, float]]:
+    """Trains to the end, from the newest checkpoint if there is one; the history, one row an epoch.
+
+    Raises:
+        RuntimeError: the loss is no longer finite.
+    """
+    comm = comm or Comm()
+    batch_size = min(batch_size, task.size) // comm.world * comm.world
+    if batch_size == 0:
+        raise ValueError(f"{task.size} pictures are too few for {comm.world} workers")
+    steps = task.size // batch_size
+    towers = [p for p in task.modules.parameters() if p.requires_grad]
+    learned = [p for p in task.objectives.parameters() if p.requires_grad]
+    groups = task.groups() + ([{"params": learned, "lr": max(g["lr"] for g in task.groups()), "weight_decay": 0.0}] if learned else [])
+    opt = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[optimizer](groups)
+    base_lr = [g["lr"] for g in opt.param_groups]
+    start_point = [p.detach().clone() for p in towers] if l2_sp else []
+    average = [p.detach().clone() for p in towers] if ema else []
+    history: list[dict[str, float]] = []
+    first_epoch = first_step = 0
+    sums: dict[str, float] = {}
+    saved = checkpoints.load() if checkpoints else None
+    if saved:
+        for p, v in zip([*towers, *learned, *average], saved["params"], strict=True):
+            p.data.copy_(v)
+        opt.load_state_dict(saved["optimizer"])
+        first_epoch, first_step, history, sums = saved["epoch"], saved["step"], saved["history"], saved["sums"]
+        say(f"resumed at epoch {first_epoch + 1}, step {first_step} of {steps}")
+
+    def save(epoch: int, step: int) -> None:
+        if checkpoints and comm.rank == 0:
+            params = [p.detach().cpu() for p in [*towers, *learned, *average]]
+            checkpoints.save(epoch * steps + step, {"params": params, "optimizer": opt.state_dict(), "epoch": epoch, "step": step, "history": history, "sums": sums})
+
+    from concurrent.futures import ThreadPoolExecutor
+
+    last_save = last_said = time.monotonic()
+    with ThreadPoolExecutor(1) as ahead:  # the next batch is read while this one trains
+        for epoch in range(first_epoch, epochs):
+            rows = order(task.size, batch_size, seed=seed, epoch=epoch)[:, comm.rank :: comm.world]
+            began = time.monotonic()
+            coming = ahead.submit(task.batch, rows[first_step], epoch) if first_step < steps else None
+            for step in range(first_step, steps):
+                batch = coming.result()
+                coming = ahead.submit(task.batch, rows[step + 1], epoch) if step + 1 < steps else None
+                factor = rate(epoch * steps + step, epochs * steps, warmup, schedule)
+                for g, lr in zip(opt.param_groups, base_lr, strict=True):
+                    g["lr"] = lr * factor
+                opt.zero_grad(set_to_none=True)
+                value, terms = gradients(task, batch, len(rows[step]), chunk_size, comm, device)
+                if not math.isfinite(value):
+                    raise RuntimeError(f"the loss is {value} at epoch {epoch + 1}, step {step + 1}: lower the learning rate")
+                comm.sum_gradients(towers)
+                comm.mean_gradients(learned)
+                if clip_norm:
+                    nn.utils.clip_grad_norm_([*towers, *learned], clip_norm)
+                opt.step()
+                with torch.no_grad():
+                    if l2_sp:
+                        for p, p0 in zip(towers, start_point, strict=True):
+                            p.sub_(p - p0, alpha=l2_sp * factor)
+                    for a, p in zip(average, towers, strict=True) if ema else ():
+                        a.lerp_(p, 1 - ema)
+                for k, v in {"loss": value, **terms}.items():
+                    sums[k] = sums.get(k, 0.0) + v
+                now = time.monotonic()
+                if now - last_said > 10:
+                    say(f"epoch {epoch + 1}/{epochs} step {step + 1}/{steps} loss {value:.4f}")
+                    last_said = now
+                if now - last_save > checkpoint_s and step + 1 < steps:
+                    save(epoch, step + 1)
+                    last_save = now
+            seconds = time.monotonic() - began
+            row = {k: v / steps for k, v in sums.items()} | {"epoch": epoch + 1, "seconds": round(seconds, 2)}
+            if after_epoch and comm.rank == 0:
+                row |= after_epoch(epoch)
+            comm.barrier()
+            history.append(row)
+            sums, first_step = {}, 0
+            save(epoch + 1, 0)
+            last_save = time.monotonic()
+            say(" ".join([f"epoch {epoch + 1}/{epochs}", *(f"{k} {v:.4f}" for k, v in row.items() if k not in ("epoch", "seconds")), f"({seconds:.1f} s)"]))
+    if ema:
+        for p, a in zip(towers, average, strict=True):
+            p.data.copy_(a)
+    return history
+
+
+def rate(step: int, total: int, warmup: float, schedule: str) -> float:
+    """The learning rate's factor: linear warm-up over that part of all steps, then cosine to 0 or constant."""
+    rise = warmup * total
+    if step < rise:
+        return (step + 1) / (rise + 1)
+    if schedule == "constant":
+        return 1.0
+    return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1.0, total - rise)))
+
+
+def gradients(task: Task, batch: Any, n: int, chunk: int, comm: Comm, device: str) -> tuple[float, dict[str, float]]:
+    """Leaves the batch's gradient in `.grad`; the loss and its terms.
+
+    A part of more than `chunk` pictures is gradient-cached (GradCache, Gao et al. 2021): vectors of all chunks without a graph, the loss's
+    gradient with respect to the vectors, then each chunk again with its graph. The gradient is the same; memory is one chunk's.
+    """
+    cast = torch.autocast("cuda", torch.bfloat16, enabled=device.startswith("cuda"))
+
+    def encode(part: Any) -> Vectors:
+        with cast:
+            return {k: v.float() for k, v in task.encode(part).items()}
+
+    with torch.no_grad(), cast:
+        fixed = {k: comm.gather(v.float()) for k, v in task.fixed(batch).items()}
+    if n <= chunk:
+        loss, terms = task.loss({k: comm.gather(v) for k, v in encode(batch).items()}, fixed)
+        loss.backward()
+        return loss.item(), terms
+    spans = [(s, min(s + chunk, n)) for s in range(0, n, chunk)]
+    with torch.no_grad():
+        pieces = [encode(task.part(batch, *span)) for span in spans]
+    leaves = {k: torch.cat([p[k] for p in pieces]).requires_grad_() for k in pieces[0]}
+    loss, terms = task.loss({k: comm.gather(v) for k, v in leaves.items()}, fixed)
+    loss.backward()
+    at = dict.fromkeys(leaves, 0)
+    for span in spans:
+        live = encode(task.part(batch, *span))
+        out, grads = [], []
+        for k, v in live.items():
+            if v.requires_grad and leaves[k].grad is not None:
+                out.append(v)
+                grads.append(leaves[k].grad[at[k] : at[k] + len(v)])
+            at[k] += len(v)
+        if out:
+            torch.autograd.backward(out, grads)
+    return loss.item(), terms

@@ -1,0 +1,139 @@
+"""What a student's run trains: towers of a TwoTower under the objectives that the recipe names."""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dclip_qdrant.data import Cache, Pictures, draw, load_pixels
+from dclip_qdrant.encoded import Encoded
+from dclip_qdrant.errors import RecipeError
+from dclip_qdrant.models.two_tower import TwoTower
+from dclip_qdrant.objectives import build
+from dclip_qdrant.recipe import Recipe
+from dclip_qdrant.training.loop import Vectors
+
+
+@dataclass
+class Batch:
+    """N pictures, C captions each. `seen`: pixels [N, S, S, 3] uint8, or trunk features [N, F]; `said`: token ids [N * C, L], or vectors [N * C, D]."""
+
+    seen: Tensor
+    said: Tensor
+    teacher_image: Tensor  # [N, D]
+    teacher_text: Tensor  # [N * C, D]
+
+
+class Weighted(nn.Module):
+    """The recipe's objectives and their sum."""
+
+    def __init__(self, recipe: Recipe, student_dim: int, teacher_dim: int) -> None:
+        super().__init__()
+        self.terms = nn.ModuleList(build(o.name, student_dim=student_dim, teacher_dim=teacher_dim, **o.options) for o in recipe.objectives)
+        self.weights = [o.weight for o in recipe.objectives]
+        self.names = [o.name + (f".{o.options['of']}" if "of" in o.options else "") for o in recipe.objectives]
+
+    def forward(self, student: Encoded, teacher: Encoded) -> tuple[Tensor, dict[str, float]]:
+        values = [term(student, teacher) for term in self.terms]
+        total = sum(w * v for w, v in zip(self.weights, values, strict=True))
+        return total, {n: v.item() for n, v in zip(self.names, values, strict=True)}
+
+
+class StudentTask:
+    """See `loop.Task`. A frozen trunk is never run (its features come from the cache), nor is a frozen text tower that is the teacher's own."""
+
+    def __init__(self, model: TwoTower, recipe: Recipe, pictures: Pictures, captions: list[list[str]], cache: Cache, *, seed: int, same_base: bool, device: str = "cpu") -> None:
+        self.model, self.recipe, self.pictures, self.captions, self.cache, self.seed, self.device = model.to(device), recipe, pictures, captions, cache, seed, device
+        self.size = len(captions)
+        s = recipe.student
+        torch.manual_seed(seed)  # low-rank starts and projections
+        how = {"last_n": s.last_n, "rank": s.lora_rank, "alpha": s.lora_alpha}
+        self.image_names = model.choose("image", s.train, **how)
+        self.text_names = model.choose("text", s.text, **how)
+        if not self.image_names + self.text_names:
+            raise RecipeError(recipe.name, "nothing learns: student.train and student.text are both frozen")
+        self.modules = model
+        self.use_trunk = model.trunk_frozen and cache.trunk.shape[-1] > 0
+        self.cached_text = not self.text_names and same_base
+        teacher_dim = cache.texts.shape[-1] if cache.texts is not None else model.dim
+        self.objectives = Weighted(recipe, model.dim, teacher_dim).to(device)
+        self.ids = None if self.cached_text else [model.tokens(c).to(torch.int32) for c in captions]
+        self.pool = ThreadPoolExecutor(max(2, os.cpu_count() or 2))
+
+    def groups(self) -> list[dict[str, Any]]:
+        """Optimizer groups: learning rate by tower and layer; weight decay on matrices alone."""
+        t = self.recipe.train
+        params = {n: p for n, p in self.model.model.named_parameters() if p.requires_grad}
+        out: dict[tuple[float, float], list[Tensor]] = {}
+        for tower, names, lr in (("image", self.image_names, t.lr), ("text", self.text_names, t.text_lr or t.lr)):
+            layers = self.model.layers(tower)
+            depth = {n: len(layers) - 1 - i for i, layer in enumerate(layers) for n in layer}
+            for name in names:
+                plain = name.replace(".parametrizations", "").rsplit(".0.", 1)[0] if "parametrizations" in name else name
+                below = depth.get(plain, next((d for n, d in depth.items() if plain in n), 0))
+                p = params[name]
+                out.setdefault((lr * t.layer_decay**below, t.weight_decay if p.ndim >= 2 else 0.0), []).append(p)
+        return [{"params": ps, "lr": lr, "weight_decay": wd} for (lr, wd), ps in out.items()]
+
+    def batch(self, index: np.ndarray, epoch: int) -> Batch:
+        t, c = self.recipe.train, self.cache
+        views = min(t.views, c.views)
+        drawn = [draw(self.seed, epoch, int(i), views, len(self.captions[i]), t.captions) for i in index]
+        view = np.array([v for v, _ in drawn])
+        if self.use_trunk:
+            seen = torch.from_numpy(c.trunk[index, view])
+        else:
+            seen = torch.from_numpy(load_pixels(self.pictures, index, c.crop[index, view], c.flip[index, view], self.model.preprocess, self.pool))
+        flat = np.concatenate([c.first[i] + caps for i, (_, caps) in zip(index, drawn, strict=True)])
+        teacher_text = torch.from_numpy(c.texts[flat].astype(np.float32))
+        if self.cached_text:
+            said = teacher_text
+        else:
+            ids = [self.ids[i][k] for i, (_, caps) in zip(index, drawn, strict=True) for k in caps]
+            said = nn.utils.rnn.pad_sequence(ids, batch_first=True)
+        if c.teacher is not None:
+            wide = c.teacher.shape[2] > 1
+            rows = [c.teacher[i, v][caps if wide else [0]].astype(np.float32).mean(0) for i, (v, caps) in zip(index, drawn, strict=True)]
+            teacher_image = torch.from_numpy(np.stack(rows))
+        else:
+            teacher_image = torch.from_numpy(c.image[index, view].astype(np.float32))
+        return Batch(*(x.to(self.device) for x in (seen, said, teacher_image, teacher_text)))
+
+    def part(self, batch: Batch, start: int, stop: int) -> Batch:
+        c = self.recipe.train.captions
+        return Batch(batch.seen[start:stop], batch.said[start * c : stop * c], batch.teacher_image[start:stop], batch.teacher_text[start * c : stop * c])
+
+    def encode(self, part: Batch) -> Vectors:
+        if self.use_trunk:
+            image = self.model.head(part.seen.float())
+        else:
+            image = self.model.encode_image(normalised(part.seen, self.model))
+        if self.cached_text:
+            text = part.said
+        elif self.text_names:
+            text = self.model.encode_text(part.said.long())
+        else:
+            with torch.no_grad():
+                text = self.model.encode_text(part.said.long())
+        return {"image": image, "text": text}
+
+    def fixed(self, batch: Batch) -> Vectors:
+        return {"image": batch.teacher_image, "text": batch.teacher_text}
+
+    def loss(self, live: Vectors, fixed: Vectors) -> tuple[Tensor, dict[str, float]]:
+        n = len(live["image"])
+        owner = torch.arange(n, device=live["image"].device).repeat_interleave(len(live["text"]) // n)
+        scale = self.model.logit_scale.detach()
+        student = Encoded(live["image"], live["text"], owner, scale)
+        return self.objectives(student, student.with_vectors(fixed["image"], fixed["text"]))
+
+
+def normalised(pixels: Tensor, model: TwoTower) -> Tensor:
+    """[B, S, S, 3] uint8 -> [B, 3, S, S] float, on the tensor's own device (a quarter of the bytes to copy there)."""
+    mean = torch.tensor(model.preprocess.mean, device=pixels.device)
+    std = torch.tensor(model.preprocess.std, device=pixels.device)
+    return ((pixels.float() / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()

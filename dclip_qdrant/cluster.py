@@ -1,6 +1,7 @@
 """Ray, as our jobs use it: connect, know how much there is, map an actor pool over pairs, and get our own errors back out."""
 
 import os
+import socket
 import time
 from collections.abc import Callable
 from typing import Any
@@ -29,7 +30,14 @@ def connect() -> None:
         ray.init(log_to_driver=True)
     else:
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # a private cluster on loopback, gone with this process
-        ray.init(address="local", include_dashboard=False, num_cpus=max(4, os.cpu_count() or 1), object_store_memory=1 << 30, log_to_driver=True)
+        # the dashboard, on a port of its own: without it Ray Train's controller complains every second
+        ray.init(address="local", include_dashboard=True, dashboard_host="127.0.0.1", dashboard_port=_free_port(), num_cpus=max(4, os.cpu_count() or 1), object_store_memory=1 << 30, log_to_driver=True)
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
 
 
 def cpus() -> int:
@@ -96,7 +104,8 @@ def map_pairs(
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     size = pool_size(actors)
-    ds = ray.data.read_parquet([str(f) for f in pairs.files], columns=columns or READ_COLUMNS)
+    # small blocks: progress shows and pools fill without waiting for a whole file
+    ds = ray.data.read_parquet([str(f) for f in pairs.files], columns=columns or READ_COLUMNS, override_num_blocks=max(1, total // 256))
     if have:
         keys = ray.put(have)
 

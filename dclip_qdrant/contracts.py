@@ -90,7 +90,9 @@ FEATURES = Contract("features", 1, "what the frozen base model sees in one store
     "split": (pa.string(), "train, val or test"),
     "captions": (pa.list_(pa.string()), "the picture's captions"),
     "image": (pa.list_(pa.float32()), "the base model's feature of the view, not normalised"),
-    "regions": (pa.list_(pa.list_(pa.float32())), "its features of the region crops; in view 0 alone"),
+    "regions": (pa.list_(pa.list_(pa.float32())), "its features of the region crops (first the whole picture, where that is a region); in view 0 alone"),
+    "region_boxes": (pa.list_(pa.list_(pa.float32())), "what was cropped for each, x0, y0, x1, y1 as parts of width and height"),
+    "region_trunk": (pa.list_(pa.list_(pa.float32())), "the student's frozen trunk features of each, or empty when the trunk learns"),
     "texts": (pa.list_(pa.list_(pa.float32())), "its sentence vectors of the captions, not normalised; in view 0 alone"),
 })  # fmt: skip
 
@@ -102,16 +104,11 @@ TEACHER_CACHE = Contract("teacher_cache", 1, "what the teacher says of one store
 EMBEDDINGS = Contract("embeddings", 1, "one picture, embedded, on its way to a collection", {
     "key": (pa.string(), "the picture's key"),
     "uri": (pa.string(), "where the picture is"),
-    "content_hash": (pa.string(), "sha256 of the file's bytes"),
-    "width": (pa.int32(), "pixels, upright"),
-    "height": (pa.int32(), "pixels, upright"),
-    "captions": (pa.list_(pa.string()), "searchable text; may be empty"),
-    "boxes": (_BOXES, "regions in pixels; the whole picture comes first in `regions`, not here"),
-    "scores": (pa.list_(pa.float32()), "confidence of each box"),
-    "labels": (pa.list_(pa.string()), "class of each box"),
-    "image": (pa.list_(pa.float32()), "unit vector of the whole picture"),
+    "image": (pa.list_(pa.float32()), "unit vector of the whole picture; empty unless embedded"),
     "regions": (pa.list_(pa.list_(pa.float32())), "unit vectors: the whole picture, then each box"),
-    "extra": (pa.string(), "JSON of further payload, or null"),
+    "payload": (pa.string(), "JSON of the payload: key, uri, content_hash, caption, boxes, labels, scores, width, height, student, ..."),
+    "status": (pa.string(), "embedded, unchanged (there already) or rejected"),
+    "reason": (pa.string(), "why it was rejected, or null"),
 })  # fmt: skip
 
 ALL = (PAIRS, REGIONS, FEATURES, TEACHER_CACHE, EMBEDDINGS)

@@ -66,6 +66,8 @@ class Cache:
     image: np.ndarray | None = None  # [N, V, D] the base model's feature
     regions: np.ndarray | None = None  # [N, R, D] float16, zero where there is none
     region_mask: np.ndarray | None = None  # [N, R]
+    region_boxes: np.ndarray | None = None  # [N, R, 4]
+    region_trunk: np.ndarray | None = None  # [N, R, F]
     texts: np.ndarray | None = None  # [T, D] float16, all captions in order
     first: np.ndarray | None = None  # [N + 1] where each picture's captions begin in `texts`
     teacher: np.ndarray | None = None  # [N, V, C, D] float16 (C = 1: the same for all captions), zero beyond a picture's captions
@@ -111,17 +113,21 @@ def load_cache(keys: list[str], captions: list[int], features: UPath, teacher: U
                 if name == "texts":
                     out.setdefault("texts", np.zeros((first[-1], values.shape[1]), np.float16))[first[n[j]] : first[n[j] + 1]] = rows
                 else:
-                    out.setdefault("region_list", np.empty(len(keys), object))[n[j]] = rows.astype(np.float16)
+                    out.setdefault(name, np.empty(len(keys), object))[n[j]] = rows.astype(np.float32 if name == "region_boxes" else np.float16)
     if not filled.all():
         raise InputError(features, f"no features of {keys[int(np.argmin(filled))]!r}", "every picture of the split", "submit again with --from-scratch")
     cache = Cache(keys, out["crop"], out["flip"], out["trunk"], out["image"], texts=out.get("texts"), first=first)
-    if "region_list" in out:
-        most = max(max(len(r) for r in out["region_list"]), 1)
-        cache.regions = np.zeros((len(keys), most, out["image"].shape[-1]), np.float16)
-        cache.region_mask = np.zeros((len(keys), most), bool)
-        for i, rows in enumerate(out["region_list"]):
-            if len(rows):
-                cache.regions[i, : len(rows)], cache.region_mask[i, : len(rows)] = rows, True
+    for name in ("regions", "region_boxes", "region_trunk"):
+        if name in out:
+            most, width = max(max(len(r) for r in out[name]), 1), max(r.shape[-1] for r in out[name])
+            padded = np.zeros((len(keys), most, width), out[name][0].dtype)
+            mask = np.zeros((len(keys), most), bool)
+            for i, rows in enumerate(out[name]):
+                if len(rows):
+                    padded[i, : len(rows)], mask[i, : len(rows)] = rows, True
+            setattr(cache, name, padded)
+            if name == "regions":
+                cache.region_mask = mask
     if teacher is not None:
         for table in parts(teacher, TEACHER_CACHE, ["key", "view", "teacher_image"]):
             values, counts = nested(table["teacher_image"])

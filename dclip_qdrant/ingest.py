@@ -242,12 +242,15 @@ class Rejects:
             self._file.close()
 
     def add(self, key: str, path: str, error: DclipError, report: Report) -> None:
+        self.add_row({"key": key, "path": path, "reason": str(error)}, report)
+
+    def add_row(self, row: dict[str, str], report: Report) -> None:
         report.rejected += 1
         if len(report.reasons) < 5:
-            report.reasons.append(str(error))
+            report.reasons.append(row["reason"])
         if self.path:
             if self._file is None:
                 UPath(self.path).parent.mkdir(parents=True, exist_ok=True)
                 self._file = UPath(self.path).open("w")
-            self._file.write(json.dumps({"key": key, "path": path, "reason": str(error)}) + "\n")
+            self._file.write(json.dumps(row) + "\n")
             self._file.flush()

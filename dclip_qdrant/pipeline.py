@@ -42,6 +42,11 @@ class Job:
     def student(self) -> str:
         return self.recipe.student.model or self.base
 
+    @property
+    def stages(self) -> str:
+        """Where stage folders go; the student and the table stand beside them."""
+        return str(UPath(self.out) / "stages")
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -57,6 +62,9 @@ def same_budget(recipe: Recipe, main: Recipe) -> Recipe:
     raw, other = recipe.as_dict(), main.as_dict()
     for part in ("student", "train", "keep", "regions"):
         raw[part] = other[part]
+    share = main.train.region_share
+    if share and not any(o.options.get("of") == "regions" for o in recipe.objectives):
+        raw["train"] = other["train"] | {"region_share": 0.0, "epochs": round(main.train.epochs * (1 + share))}  # crops are forward passes too
     return Recipe(**raw)
 
 
@@ -65,8 +73,8 @@ def regions(job: Job) -> Stage:
 
     pairs = Pairs.open(job.pairs)
     if job.from_scratch:
-        regions_stage(job.out, pairs, job.recipe).clear()
-    return extract_regions(job.out, pairs, job.recipe, actors=job.actors, say=job.say)
+        regions_stage(job.stages, pairs, job.recipe).clear()
+    return extract_regions(job.stages, pairs, job.recipe, actors=job.actors, say=job.say)
 
 
 def prepare(job: Job, recipe: Recipe) -> Prepared:
@@ -84,16 +92,16 @@ def prepare(job: Job, recipe: Recipe) -> Prepared:
     trunk = student.trunk_frozen
     boxes = regions(job) if recipe.teacher else None
     seed = job.seeds[0]
-    features = ray_stages.features_stage(job.out, pairs, recipe, base=job.base, base_print=base.fingerprint, student=job.student, student_print=student.fingerprint, trunk=trunk,
+    features = ray_stages.features_stage(job.stages, pairs, recipe, base=job.base, base_print=base.fingerprint, student=job.student, student_print=student.fingerprint, trunk=trunk,
                                          regions=boxes, seed=seed)  # fmt: skip
     if job.from_scratch:
         features.clear()
     ray_stages.extract_features(features, pairs, recipe, base=job.base, student=job.student if trunk else None, regions=boxes, seed=seed, actors=job.actors, say=job.say)
     if recipe.teacher is None:
         return Prepared(features, None, None)
-    run = Run(kind="teacher", root=job.out, inputs={"features": features.path.name, "teacher": recipe.teacher.model_dump(mode="json"), "seed": seed}, recipe=recipe.as_dict(), seed=seed,
+    run = Run(kind="teacher", root=job.stages, inputs={"features": features.path.name, "teacher": recipe.teacher.model_dump(mode="json"), "seed": seed}, recipe=recipe.as_dict(), seed=seed,
               base=job.base, student=job.student, pairs=job.pairs, features=str(features.path))  # fmt: skip
-    cache = Stage(job.out, "teacher-cache", {"teacher": run.stage.path.name})
+    cache = Stage(job.stages, "teacher-cache", {"teacher": run.stage.path.name})
     if job.from_scratch:
         run.stage.clear()
         cache.clear()
@@ -103,7 +111,7 @@ def prepare(job: Job, recipe: Recipe) -> Prepared:
 
 
 def _storage(job: Job) -> str:
-    path = UPath(job.out) / "ray"
+    path = UPath(job.stages) / "ray"
     path.mkdir(parents=True, exist_ok=True)
     return str(path)
 
@@ -158,7 +166,7 @@ def distill(job: Job) -> dict[str, Any]:
 
     def run(recipe: Recipe, seed: int, p: Prepared) -> Run:
         inputs = common | {"recipe": recipe.as_dict(), "seed": seed, "features": p.features.path.name, "cache": p.cache.path.name if p.cache else None, "min_retention": job.min_retention}
-        return Run(kind="student", root=job.out, inputs=inputs, recipe=recipe.as_dict(), seed=seed, base=job.base, student=job.student, pairs=job.pairs,
+        return Run(kind="student", root=job.stages, inputs=inputs, recipe=recipe.as_dict(), seed=seed, base=job.base, student=job.student, pairs=job.pairs,
                    features=str(p.features.path), teacher=str(p.cache.path) if p.cache else None, labelled=job.labelled, min_retention=job.min_retention, split=split)  # fmt: skip
 
     recipes = [*(same_budget(r, job.recipe) for r in job.compare), job.recipe]

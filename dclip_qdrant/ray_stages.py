@@ -111,25 +111,27 @@ class Featurise:
     def __call__(self, table: pa.Table) -> pa.Table:
         rows = table.to_pylist()
         prepared = list(self.pool.map(self._prepare, rows))
-        base, trunk = self._encode(np.stack([v for views, _, _ in prepared for v in views]))
-        crops = [c for _, cs, _ in prepared for c in cs]
-        found = iter(self._crops(np.stack(crops)) if crops else [])
+        base, trunk = self._encode(np.stack([v for views, _, _, _ in prepared for v in views]), self.base.preprocess)
+        crops = [c for _, cs, _, _ in prepared for c in cs]
+        seen, seen_trunk = self._encode(np.stack(crops), self.crop_preprocess) if crops else ([], None)
+        found, found_trunk = iter(seen), iter(seen_trunk if seen_trunk is not None else [])
         texts = iter(self._texts([c for r in rows for c in r["captions"]]))
         out, at = [], 0
-        for row, (views, cs, boxes) in zip(rows, prepared, strict=True):
-            own = [next(found) for _ in cs]
+        for row, (views, cs, boxes, cuts) in zip(rows, prepared, strict=True):
+            own, own_trunk = [next(found) for _ in cs], [next(found_trunk) for _ in cs] if trunk is not None else []
             if self.recipe.teacher is not None and self.recipe.teacher.include_global:
-                own.insert(0, base[at])
+                own, cuts = [base[at], *own], [(0.0, 0.0, 1.0, 1.0), *cuts]
+                own_trunk = [trunk[at], *own_trunk] if trunk is not None else []
             said = [next(texts) for _ in row["captions"]]
             for v in range(len(views)):
                 out.append({"key": row["key"], "view": v, "crop": boxes[v][0], "flip": boxes[v][1], "split": row["split"], "captions": row["captions"] if v == 0 else [],
-                            "image": base[at], "trunk": trunk[at] if trunk is not None else [], "regions": own if v == 0 else [], "texts": said if v == 0 else []})  # fmt: skip
+                            "image": base[at], "trunk": trunk[at] if trunk is not None else [], "regions": own if v == 0 else [], "region_boxes": cuts if v == 0 else [], "region_trunk": own_trunk if v == 0 else [], "texts": said if v == 0 else []})  # fmt: skip
                 at += 1
         write_part(self.out, contracts.FEATURES, out)
         return pa.table({"done": [len(rows)]})
 
-    def _prepare(self, row: dict[str, Any]) -> tuple[list[np.ndarray], list[np.ndarray], list[tuple[tuple[float, ...], bool]]]:
-        """Pixels of each view, pixels of each region, and what the views are."""
+    def _prepare(self, row: dict[str, Any]) -> tuple[list[np.ndarray], list[np.ndarray], list[tuple[tuple[float, ...], bool]], list[tuple[float, ...]]]:
+        """Pixels of each view, pixels of each region, what the views are, what the crops are."""
         import hashlib
 
         from dclip_qdrant.data import apply_view, view_box
@@ -141,23 +143,26 @@ class Featurise:
         if row["split"] == "train":
             boxes += [(view_box(rng, t.crop_scale), t.flip and bool(rng.random() < 0.5)) for _ in range(t.views - 1)]
         views = [self.base.preprocess.pixels(apply_view(image, np.array(b), f)) for b, f in boxes]
-        crops = []
+        crops, cuts = [], []
         if self.recipe.teacher is not None and row["key"] in self.regions:
-            crops = [self.crop_preprocess.pixels(c) for c in self.regions[row["key"]].top(r.top_k).crops(image, context=r.context)]
-        return views, crops, boxes
+            pixels = self.regions[row["key"]].top(r.top_k).cuts(image.width, image.height, context=r.context)
+            crops = [self.crop_preprocess.pixels(image.crop(c)) for c in pixels]
+            cuts = [(a / image.width, b / image.height, c / image.width, d / image.height) for a, b, c, d in pixels]
+        return views, crops, boxes, cuts
 
     def _tensor(self, pixels: np.ndarray, preprocess: Any):  # noqa: ANN202
         import torch
 
         return torch.from_numpy(preprocess.normalise(pixels)).to(self.device)
 
-    def _encode(self, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+    def _encode(self, pixels: np.ndarray, preprocess: Any) -> tuple[np.ndarray, np.ndarray | None]:
+        """The base's features and, where a frozen trunk is cached, the student's trunk features."""
         import torch
 
         base, trunk = [], []
         with torch.no_grad():
             for s in range(0, len(pixels), 64):
-                x = self._tensor(pixels[s : s + 64], self.base.preprocess)
+                x = self._tensor(pixels[s : s + 64], preprocess)
                 if self.student is self.base:
                     f = self.base.trunk(x)
                     trunk.append(f.float().cpu().numpy())
@@ -168,13 +173,6 @@ class Featurise:
                     trunk.append(self.student.trunk(self._tensor(pixels[s : s + 64], self.student.preprocess)).float().cpu().numpy())
         return np.concatenate(base), np.concatenate(trunk) if trunk else None
 
-    def _crops(self, pixels: np.ndarray) -> np.ndarray:
-        import torch
-
-        with torch.no_grad():
-            out = [self.base.encode_image(self._tensor(pixels[s : s + 64], self.crop_preprocess)).float().cpu().numpy() for s in range(0, len(pixels), 64)]
-        return np.concatenate(out)
-
     def _texts(self, captions: list[str]) -> np.ndarray:
         from dclip_qdrant.training.evaluate import encode_texts
 
@@ -184,7 +182,7 @@ class Featurise:
 def features_stage(root: str, pairs: Pairs, recipe: Recipe, *, base: str, base_print: str, student: str, student_print: str, trunk: bool, regions: Stage | None, seed: int) -> Stage:
     t = recipe.teacher
     inputs = {
-        "pairs": pairs.fingerprint, "base": base_print, "student": student_print if trunk else None, "regions": regions.path.name if regions else None,
+        "contract": contracts.FEATURES.version, "pairs": pairs.fingerprint, "base": base_print, "student": student_print if trunk else None, "regions": regions.path.name if regions else None,
         "top_k": recipe.regions.top_k if regions else None, "context": recipe.regions.context if regions else None,
         "views": recipe.train.views, "crop_scale": recipe.train.crop_scale if recipe.train.views > 1 else None, "flip": recipe.train.flip if recipe.train.views > 1 else None,
         "global": t.include_global if t else None, "normalise": t.normalise_crops if t else None, "seed": seed,
@@ -241,7 +239,7 @@ class Teach:
             e = vectors[at : at + len(captions)]
             at += len(captions)
             target = self._targets(e, len(plain[row["key"]]["captions"]))
-            out.append({k: row[k] for k in ("key", "view", "crop", "flip", "trunk")} | {"teacher_image": target})
+            out.append({k: row[k] for k in ("key", "view", "crop", "flip", "trunk")} | {"teacher_image": list(target)})
         return out
 
     def _inside(self, captions: list[str]) -> list[str]:

@@ -80,6 +80,7 @@ class Train(_Part):
     batch_size: Positive = Field(256, description="global: what InfoNCE sees, over all workers")
     chunk_size: Positive = Field(64, description="pictures a forward pass; a larger batch is gradient-cached (same gradient, less memory)")
     captions: Positive = Field(1, description="captions drawn for each picture in a step")
+    region_share: Fraction = Field(0.0, description="crops drawn beside the pictures, as a part of the batch, for objectives of regions; rivals get as many more epochs")
     views: Positive = Field(1, description="stored augmentations of each picture (teacher and student see the same); 1 is the plain picture alone")
     crop_scale: Fraction = Field(0.7, description="smallest area of an augmented view")
     flip: bool = Field(False, description="mirror half of the views; off, because captions say left and right")

@@ -30,13 +30,17 @@ class Regions:
         return self.take(np.argsort(-self.scores * size, kind="stable")[:k])
 
     def crops(self, image: Image.Image, *, context: float = 0.1) -> list[Image.Image]:
-        """One crop a region, each side widened by `context` of the box and cut at the border."""
+        """One crop a region."""
+        return [image.crop(cut) for cut in self.cuts(image.width, image.height, context=context)]
+
+    def cuts(self, width: int, height: int, *, context: float = 0.1) -> list[tuple[int, int, int, int]]:
+        """What is cropped for each region, in whole pixels: each side widened by `context` of the box and cut at the border."""
         out = []
         for x0, y0, x1, y1 in self.boxes.tolist():
             dx, dy = (x1 - x0) * context, (y1 - y0) * context
             left, top = max(0, int(x0 - dx)), max(0, int(y0 - dy))
-            right, bottom = min(image.width, int(np.ceil(x1 + dx))), min(image.height, int(np.ceil(y1 + dy)))
-            out.append(image.crop((left, top, max(right, left + 1), max(bottom, top + 1))))
+            right, bottom = min(width, int(np.ceil(x1 + dx))), min(height, int(np.ceil(y1 + dy)))
+            out.append((left, top, max(right, left + 1), max(bottom, top + 1)))
         return out
 
     def row(self) -> dict:

@@ -250,6 +250,9 @@ def load(name: str, *, weights: bool = True) -> TwoTower:
             raise UsageError("--base", f"no weights {pretrained!r} for {source}", f"one of {', '.join(tags)}")
         fingerprint = hashlib.sha256(name.encode()).hexdigest()
         config = None
+    import logging
+
+    logging.getLogger().setLevel(max(logging.getLogger().level, logging.WARNING))  # open_clip tells the root logger every step of a load
     try:
         model, _, _ = open_clip.create_model_and_transforms(source, pretrained=pretrained or None, load_weights=weights, pretrained_text=False, output_dict=False)
         tokenizer = open_clip.get_tokenizer(source)

@@ -1,6 +1,7 @@
 """Runs on Ray Train workers. Ray restarts killed workers; each run finds its own newest checkpoint, as it does when the whole job is submitted again."""
 
 import os
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -23,7 +24,8 @@ def _work(config: dict[str, Any]) -> None:
 
     def say(line: str) -> None:
         if comm.rank == 0:
-            print(line, flush=True)
+            sys.stdout.write(line + "\n")  # not print: Ray Train patches that to say everything twice
+            sys.stdout.flush()
 
     worker = Worker(comm, device, say)
     for run in config["runs"]:

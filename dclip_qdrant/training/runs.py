@@ -152,7 +152,8 @@ class Worker:
         pairs = Pairs.open(run.pairs)
         pictures = Pictures(pairs, "train")
         captions = pairs.table(["captions"], ("train",))["captions"].to_pylist()
-        cache = load_cache(pictures.keys, [len(c) for c in captions], UPath(run.features), UPath(run.teacher) if run.teacher else None, need=("texts",))
+        cache = load_cache(pictures.keys, [len(c) for c in captions], UPath(run.features), UPath(run.teacher) if run.teacher else None,
+                           need=("texts", "regions", "region_boxes", "region_trunk") if recipe.train.region_share else ("texts",))  # fmt: skip
         start = model.weights()
         task = StudentTask(model, recipe, pictures, captions, cache, seed=run.seed, same_base=same_base, device=self.device)
         learning = sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -2,7 +2,7 @@
 
 import os
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,8 @@ class Batch:
     said: Tensor
     teacher_image: Tensor  # [N, D]
     teacher_text: Tensor  # [N * C, D]
+    crops: Tensor | None = None  # R crops, as `seen`
+    teacher_crops: Tensor | None = None  # [R, D] the frozen base's features of them
 
 
 class Weighted(nn.Module):
@@ -58,6 +60,8 @@ class StudentTask:
             raise RecipeError(recipe.name, "nothing learns: student.train and student.text are both frozen")
         self.modules = model
         self.use_trunk = model.trunk_frozen and cache.trunk.shape[-1] > 0
+        if recipe.train.region_share and (cache.regions is None or not cache.region_mask.any()):
+            raise RecipeError(recipe.name, "train.region_share without any region", "a teacher with regions, or region_share = 0")
         self.cached_text = not self.text_names and same_base
         teacher_dim = cache.texts.shape[-1] if cache.texts is not None else model.dim
         self.objectives = Weighted(recipe, model.dim, teacher_dim).to(device)
@@ -101,17 +105,40 @@ class StudentTask:
             teacher_image = torch.from_numpy(np.stack(rows))
         else:
             teacher_image = torch.from_numpy(c.image[index, view].astype(np.float32))
-        return Batch(*(x.to(self.device) for x in (seen, said, teacher_image, teacher_text)))
+        tensors = [seen, said, teacher_image, teacher_text, *self._crops(index, epoch)]
+        return Batch(*(x.to(self.device) for x in tensors))
+
+    def _crops(self, index: np.ndarray, epoch: int) -> list[Tensor]:
+        """Crops of the batch's first pictures: their pixels or trunk features, and what the base made of them."""
+        c, count = self.cache, round(len(index) * self.recipe.train.region_share)
+        if count == 0:
+            return []
+        rows = index[:count]
+        pick = np.array([np.random.default_rng([self.seed, epoch, int(i), 1]).choice(np.flatnonzero(c.region_mask[i])) if c.region_mask[i].any() else -1 for i in rows])
+        target = torch.from_numpy(np.where((pick >= 0)[:, None], c.regions[rows, pick], c.image[rows, 0]).astype(np.float32))
+        if self.use_trunk:
+            return [torch.from_numpy(np.where((pick >= 0)[:, None], c.region_trunk[rows, pick], c.trunk[rows, 0])), target]
+        whole = np.array([0, 0, 1, 1], np.float32)
+        boxes = np.where((pick >= 0)[:, None], c.region_boxes[rows, pick], whole)
+        squash = replace(self.model.preprocess, resize_mode="squash")
+        return [torch.from_numpy(load_pixels(self.pictures, rows, boxes, np.zeros(count, bool), squash, self.pool)), target]
 
     def part(self, batch: Batch, start: int, stop: int) -> Batch:
-        c = self.recipe.train.captions
-        return Batch(batch.seen[start:stop], batch.said[start * c : stop * c], batch.teacher_image[start:stop], batch.teacher_text[start * c : stop * c])
+        c, n = self.recipe.train.captions, len(batch.seen)
+        out = Batch(batch.seen[start:stop], batch.said[start * c : stop * c], batch.teacher_image[start:stop], batch.teacher_text[start * c : stop * c])
+        if batch.crops is None:
+            return out
+        r = len(batch.crops)
+        at = slice(start * r // n, stop * r // n)  # each chunk takes its share of the crops, in order
+        return replace(out, crops=batch.crops[at], teacher_crops=batch.teacher_crops[at])
+
+    def _image(self, seen: Tensor) -> Tensor:
+        return self.model.head(seen.float()) if self.use_trunk else self.model.encode_image(normalised(seen, self.model))
 
     def encode(self, part: Batch) -> Vectors:
-        if self.use_trunk:
-            image = self.model.head(part.seen.float())
-        else:
-            image = self.model.encode_image(normalised(part.seen, self.model))
+        r = 0 if part.crops is None else len(part.crops)
+        image = self._image(torch.cat([part.seen, part.crops]) if r else part.seen)
+        image, regions = (image[:-r], image[-r:]) if r else (image, image[:0])
         if self.cached_text:
             text = part.said
         elif self.text_names:
@@ -119,17 +146,17 @@ class StudentTask:
         else:
             with torch.no_grad():
                 text = self.model.encode_text(part.said.long())
-        return {"image": image, "text": text}
+        return {"image": image, "text": text} | ({"regions": regions} if part.crops is not None else {})
 
     def fixed(self, batch: Batch) -> Vectors:
-        return {"image": batch.teacher_image, "text": batch.teacher_text}
+        return {"image": batch.teacher_image, "text": batch.teacher_text} | ({"regions": batch.teacher_crops} if batch.crops is not None else {})
 
     def loss(self, live: Vectors, fixed: Vectors) -> tuple[Tensor, dict[str, float]]:
         n = len(live["image"])
         owner = torch.arange(n, device=live["image"].device).repeat_interleave(len(live["text"]) // n)
         scale = self.model.logit_scale.detach()
-        student = Encoded(live["image"], live["text"], owner, scale)
-        return self.objectives(student, student.with_vectors(fixed["image"], fixed["text"]))
+        student = Encoded(live["image"], live["text"], owner, scale, live.get("regions"))
+        return self.objectives(student, student.with_vectors(fixed["image"], fixed["text"], fixed.get("regions")))
 
 
 def normalised(pixels: Tensor, model: TwoTower) -> Tensor:

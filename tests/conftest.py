@@ -1,0 +1,79 @@
+"""Fixtures: a few rendered scenes, a tiny CLIP made on the spot, and a student exported from it once a session."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "examples" / "demo"))
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+
+TINY = {
+    "model_cfg": {
+        "embed_dim": 32,
+        "vision_cfg": {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8},
+        "text_cfg": {"context_length": 24, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
+    },
+    "preprocess_cfg": {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5], "size": 32, "interpolation": "bicubic", "resize_mode": "shortest"},
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory) -> Path:
+    """A random, seeded CLIP in an open_clip folder."""
+    import open_clip
+    import torch
+    from safetensors.torch import save_file
+
+    folder = tmp_path_factory.mktemp("base")
+    torch.manual_seed(0)
+    model = open_clip.CLIP(**TINY["model_cfg"])
+    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "open_clip_model.safetensors")
+    (folder / "open_clip_config.json").write_text(json.dumps(TINY))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def scenes_folder(tmp_path_factory) -> Path:
+    """60 rendered scenes with captions.jsonl."""
+    import scenes
+
+    folder = tmp_path_factory.mktemp("scenes")
+    scenes.write_team(folder, train=40, val=10, test=10)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def labelled_folder(tmp_path_factory) -> Path:
+    import scenes
+
+    folder = tmp_path_factory.mktemp("labelled")
+    scenes.write_labelled(folder, 24)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pairs_folder(scenes_folder, tmp_path_factory) -> Path:
+    from dclip_qdrant.pairs.build import build
+
+    out = tmp_path_factory.mktemp("made") / "pairs"
+    build(str(scenes_folder), str(out))
+    return out
+
+
+@pytest.fixture(scope="session")
+def student_folder(tiny_base, tmp_path_factory) -> Path:
+    from dclip_qdrant.export import export
+    from dclip_qdrant.models import two_tower
+
+    return export(two_tower.load(str(tiny_base)), tmp_path_factory.mktemp("student") / "tiny", name="tiny", metrics={}, recipe={"name": "tiny"})
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)

@@ -5,16 +5,17 @@ Training, ingestion and queries all come through here, so that the same file is 
 
 import hashlib
 import io
+import re
 import warnings
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import AvifImagePlugin, Image, ImageOps, TiffImagePlugin, UnidentifiedImageError, WebPImagePlugin  # noqa: F401  # they register themselves
 
 from dclip_qdrant.errors import ImageError
 
 # What Pillow may decode. EPS (runs ghostscript) and rarer formats stay outside: pictures come from strangers.
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")  # JPEG includes the MPO of some cameras
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
 MAX_PIXELS = 89_478_485  # Pillow's own warning line (a quarter GiB of RGB): above it a picture counts as a bomb
 
@@ -38,7 +39,8 @@ def open_rgb(data: bytes, where: object, *, max_pixels: int = MAX_PIXELS) -> Ima
     except ImageError:
         raise
     except Image.DecompressionBombError as e:
-        raise ImageError(where, "a decompression bomb", f"at most {max_pixels:,} pixels") from e
+        size = re.search(r"(\d+) pixels", str(e))
+        raise ImageError(where, f"a decompression bomb of {int(size.group(1)):,} pixels" if size else "a decompression bomb", f"at most {max_pixels:,} pixels") from e
     except UnidentifiedImageError as e:
         raise ImageError(where, f"not a picture ({_looks_like(data)})", "one of " + ", ".join(FORMATS)) from e
     except Exception as e:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, ... for broken files

@@ -2,7 +2,6 @@
 
 import importlib
 import importlib.util
-import re
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -56,5 +55,9 @@ def missing(module: str, needed_by: str) -> MissingExtra:
 
 def need(module: str, needed_by: str) -> None:
     """Raises MissingExtra now, before minutes of work, if `module` can't be imported."""
-    if not re.fullmatch(r"[\w.]+", module) or importlib.util.find_spec(module.split(".")[0]) is None:
+    try:
+        there = importlib.util.find_spec(module.split(".")[0]) is not None
+    except ModuleNotFoundError:
+        there = False
+    if not there:
         raise missing(module, needed_by)

@@ -1,6 +1,5 @@
 """An open_clip model as the rest of the product sees it: two towers, what of them learns, and in which order their layers stand."""
 
-import copy
 import hashlib
 import json
 import re
@@ -183,12 +182,16 @@ class TwoTower(nn.Module):
 
     def weights(self) -> dict[str, Tensor]:
         """The plain open_clip state dict as it stands, low-rank updates merged; copies, on the CPU."""
-        model = self.model
-        if any(parametrize.is_parametrized(m) for m in model.modules()):
-            twin = copy.deepcopy(self)
-            twin.merge_lora()
-            model = twin.model
-        return {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
+        out = {}
+        for key, value in self.model.state_dict().items():
+            if "parametrizations." in key:  # X.parametrizations.weight.original (and .0.a, .0.b) -> the merged X.weight
+                path, _, rest = key.rpartition("parametrizations.")
+                leaf, _, what = rest.partition(".")
+                if what != "original":
+                    continue
+                key, value = path + leaf, getattr(self.model.get_submodule(path.rstrip(".")), leaf)
+            out[key] = value.detach().cpu().clone()
+        return out
 
     def load_weights(self, state: dict[str, Tensor]) -> None:
         self.model.load_state_dict(state)

@@ -155,5 +155,5 @@ def _filter(where: tuple[Condition, ...], exclude: tuple[str, ...]) -> Any:
             bound = {">=": "gte", "<=": "lte", ">": "gt", "<": "lt"}[c.op]
             must.append(E.FieldCondition(key=c.key, range=E.RangeFloat(**{bound: float(c.values[0])})))
     if exclude:
-        must_not.append(E.HasIdCondition(list(exclude)))
+        must_not.append(E.HasIdCondition(set(exclude)))
     return E.Filter(must=must or None, must_not=must_not or None) if must or must_not else None

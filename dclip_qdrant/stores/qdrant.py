@@ -22,7 +22,7 @@ class Qdrant:
 
     def __init__(self, name: str, url: str, *, api_key: str | None = None, client: QdrantClient | None = None) -> None:
         self.name, self.url = name, url
-        self.client = client or (QdrantClient(":memory:") if url == ":memory:" else QdrantClient(url=url, api_key=api_key, timeout=60))
+        self.client = client or (QdrantClient(":memory:") if url == ":memory:" else QdrantClient(url=url, api_key=api_key, timeout=60, check_compatibility=False))
 
     def _try(self, f: Callable[[], Any]) -> Any:
         """Calls the server; waits and tries again when it is busy or away, and honours Retry-After."""

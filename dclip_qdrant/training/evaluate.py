@@ -1,6 +1,7 @@
 """Figures of a TwoTower while it is in memory. The same figures of an exported student come from `evaluation.py`, through onnxruntime."""
 
 import os
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -12,9 +13,37 @@ from dclip_qdrant.data import Pictures, load_cache
 from dclip_qdrant.labelled import Labelled
 from dclip_qdrant.models.two_tower import TwoTower
 from dclip_qdrant.pairs import Pairs
+from dclip_qdrant.preprocess import Preprocess
 from dclip_qdrant.training.student_task import normalised
 
 BATCH = 64
+KEPT_BYTES = 512 << 20  # decoded pictures of an evaluation set stay in memory up to this
+
+
+class Decoded:
+    """Pictures 0..n-1 as the model's pixels; a small set is decoded once and kept (WiSE-FT evaluates it for every alpha)."""
+
+    def __init__(self, load: Any, n: int) -> None:
+        self._load, self.n = load, n
+        self._kept: np.ndarray | None = None
+        self._for: Any = None
+
+    def batches(self, preprocess: Preprocess) -> Iterator[np.ndarray]:
+        """[B, S, S, 3] uint8, in order."""
+        if self._kept is not None and self._for == preprocess:
+            yield from (self._kept[s : s + BATCH] for s in range(0, self.n, BATCH))
+            return
+        keep = self.n * preprocess.size**2 * 3 <= KEPT_BYTES
+        held = []
+        with ThreadPoolExecutor(max(2, os.cpu_count() or 2)) as pool:
+            pixels = pool.map(lambda i: preprocess.pixels(self._load(i)), range(self.n))
+            for start in range(0, self.n, BATCH):
+                batch = np.stack([next(pixels) for _ in range(min(BATCH, self.n - start))])
+                if keep:
+                    held.append(batch)
+                yield batch
+        if keep and held:
+            self._kept, self._for = np.concatenate(held), preprocess
 
 
 class EvalSet:
@@ -25,6 +54,7 @@ class EvalSet:
         self.captions: list[list[str]] = pairs.table(["captions"], (split,))["captions"].to_pylist()
         self.owner = np.repeat(np.arange(len(self.captions)), [len(c) for c in self.captions])
         self.cache = load_cache(self.pictures.keys, [len(c) for c in self.captions], features, need=("texts",)) if features is not None else None
+        self.decoded = Decoded(self.pictures.load, len(self.pictures))
         self.device = device
 
     def vectors(self, model: TwoTower, *, cached_text: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -32,7 +62,7 @@ class EvalSet:
         if model.trunk_frozen and self.cache is not None and self.cache.trunk.shape[-1]:
             image = _batched(lambda x: model.head(x), self.cache.trunk[:, 0], self.device)
         else:
-            image = encode_images(model, self.pictures.load, len(self.pictures), self.device)
+            image = encode_images(model, self.decoded, self.device)
         if cached_text and self.cache is not None:
             text = self.cache.texts.astype(np.float32)
         else:
@@ -48,15 +78,16 @@ class LabelledSet:
 
     def __init__(self, path: str, device: str = "cpu") -> None:
         self.data, self.device = Labelled.open(path), device
+        self.decoded = Decoded(self.data.load, len(self.data))
         self._trunk: np.ndarray | None = None
 
     def accuracy(self, model: TwoTower) -> float:
         if model.trunk_frozen:
             if self._trunk is None:
-                self._trunk = encode_images(model, self.data.load, len(self.data), self.device, trunk=True)
+                self._trunk = encode_images(model, self.decoded, self.device, trunk=True)
             image = _batched(lambda x: model.head(x), self._trunk, self.device)
         else:
-            image = encode_images(model, self.data.load, len(self.data), self.device)
+            image = encode_images(model, self.decoded, self.device)
         classes = encode_texts(model, self.data.prompts, self.device)
         return metrics.zero_shot(metrics.normalise(image), np.array(self.data.labels), metrics.normalise(classes))
 
@@ -67,15 +98,12 @@ def _batched(f: Any, x: np.ndarray, device: str) -> np.ndarray:
 
 
 @torch.no_grad()
-def encode_images(model: TwoTower, load: Any, n: int, device: str = "cpu", *, trunk: bool = False) -> np.ndarray:
-    """[N, D] (or trunk features [N, F]) of pictures 0..n-1, decoded on threads ahead of the model."""
-    with ThreadPoolExecutor(max(2, os.cpu_count() or 2)) as pool:
-        pixels = pool.map(lambda i: model.preprocess.pixels(load(i)), range(n))
-        out = []
-        for start in range(0, n, BATCH):
-            batch = torch.from_numpy(np.stack([next(pixels) for _ in range(min(BATCH, n - start))])).to(device)
-            x = normalised(batch, model)
-            out.append((model.trunk(x) if trunk else model.encode_image(x)).float().cpu().numpy())
+def encode_images(model: TwoTower, pictures: Decoded, device: str = "cpu", *, trunk: bool = False) -> np.ndarray:
+    """[N, D] (or trunk features [N, F]), decoded on threads ahead of the model."""
+    out = []
+    for batch in pictures.batches(model.preprocess):
+        x = normalised(torch.from_numpy(batch).to(device), model)
+        out.append((model.trunk(x) if trunk else model.encode_image(x)).float().cpu().numpy())
     return np.concatenate(out)
 
 

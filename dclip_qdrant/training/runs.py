@@ -118,7 +118,7 @@ class Worker:
             _save_tensors(run.stage.path / "teacher.safetensors", {k: v.detach().cpu() for k, v in task.modules.state_dict().items()})
             gate = task.modules.gate
             run.stage.finish(config=run.recipe["teacher"], dim=cache.image.shape[-1], history=history, seconds=round(time.monotonic() - began, 1),
-                             gate=None if gate is None else float(gate), parameters=sum(p.numel() for p in task.modules.parameters()))  # fmt: skip
+                             gate=None if gate is None else gate.item(), parameters=sum(p.numel() for p in task.modules.parameters()))  # fmt: skip
             Checkpoints(run.stage.path / "checkpoints").clear()
 
     def _teacher_check(self, run: Run, task: TeacherTask) -> Callable[[int], dict[str, float]]:

@@ -1,0 +1,200 @@
+"""The Ray jobs as a user runs them, on a private cluster: whole, killed and submitted again, and what they refuse."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.slow
+ENV = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled", "YOLO_OFFLINE": "true"}
+
+
+def job(name, *args, timeout=400):
+    return subprocess.run([sys.executable, f"ray_jobs/{name}.py", *map(str, args)], cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=timeout)
+
+
+def distill_args(tiny_base, pairs_folder, labelled_folder, out):
+    # enough epochs to be caught in the middle of one, a checkpoint after every step
+    return ["--recipe", "tiny", "--base", tiny_base, "--pairs", pairs_folder, "--labelled", labelled_folder, "--out", out, "--no-compare", "--min-retention", "0",
+            "--set", "train.epochs=40", "--set", "train.batch_size=8", "--set", "train.checkpoint_s=0"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def unbroken(tiny_base, pairs_folder, labelled_folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("unbroken")
+    done = job("distill", *distill_args(tiny_base, pairs_folder, labelled_folder, out))
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return out, done
+
+
+def test_distill_leaves_a_student_a_table_and_the_base(unbroken, student_folder):
+    from dclip_qdrant.student import Student
+
+    out, done = unbroken
+    table = json.loads((out / "table.json").read_text())
+    assert [r["name"] for r in table["rows"]] == ["base", "tiny"]
+    assert set(table["rows"][1]["t2i"]) == {"r@1", "r@5", "r@10", "mrr", "map"}
+    assert table["rows"][0]["n_images"] == 10
+    student, base = Student.load(out / "student"), Student.load(out / "base")
+    assert student.fingerprint != base.fingerprint
+    assert student.embed_texts(["a red star"]) == pytest.approx(base.embed_texts(["a red star"]), abs=1e-5)  # the text tower was frozen
+    assert f"student: {out}/student" in done.stdout
+    assert "| base |" in done.stdout
+
+
+def test_a_second_submission_reuses_everything(unbroken, tiny_base, pairs_folder, labelled_folder):
+    out, _ = unbroken
+    before = (out / "student" / "manifest.json").read_bytes()
+    done = job("distill", *distill_args(tiny_base, pairs_folder, labelled_folder, out))
+    assert done.returncode == 0
+    for stage in ("regions: reused", "features: reused", "teacher cache: reused", "student tiny seed 0: reused", "export: reused"):
+        assert stage in done.stdout
+    assert (out / "student" / "manifest.json").read_bytes() == before
+
+
+def test_killed_job_and_killed_worker_end_with_the_same_metrics(unbroken, tiny_base, pairs_folder, labelled_folder, tmp_path):
+    """SIGKILL the whole job in mid-epoch, submit again, SIGKILL the worker in mid-epoch, let it go on."""
+    command = [sys.executable, "ray_jobs/distill.py", *map(str, distill_args(tiny_base, pairs_folder, labelled_folder, tmp_path))]
+    checkpoints = lambda: sorted(tmp_path.glob("stages/student-*/checkpoints/step-*.pt"), key=lambda p: int(p.stem[5:]))  # noqa: E731
+
+    def step():
+        found = checkpoints()
+        return int(found[-1].stem[5:]) if found else 0
+
+    with subprocess.Popen(command, cwd=ROOT, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        until = time.monotonic() + 300
+        while step() < 20:
+            assert time.monotonic() < until
+            assert process.poll() is None
+            time.sleep(0.02)
+        os.kill(process.pid, signal.SIGKILL)
+    time.sleep(5)  # the private cluster notices and ends itself
+    at_kill = step()
+    assert 20 <= at_kill < 200
+    said, killed = "", None
+    with subprocess.Popen(command, cwd=ROOT, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        for line in process.stdout:
+            said += line
+            found = re.search(r"RayTrainWorker pid=(\d+).*student tiny seed 0: resumed at", line)
+            if found and killed is None:
+                until = time.monotonic() + 100
+                while step() < min(at_kill + 20, 190) and time.monotonic() < until:
+                    time.sleep(0.02)
+                killed = int(found.group(1))
+                os.kill(killed, signal.SIGKILL)
+    assert process.returncode == 0, said[-3000:]
+    assert killed is not None, said[-3000:]
+    assert len(re.findall("resumed at epoch", said)) >= 2
+    wanted = json.loads((unbroken[0] / "table.json").read_text())["rows"]
+    got = json.loads((tmp_path / "table.json").read_text())["rows"]
+    for a, b in zip(wanted, got, strict=True):
+        for way in ("t2i", "i2t"):
+            assert b[way] == pytest.approx(a[way], abs=1e-3)
+
+
+def test_two_workers_give_what_one_gives(unbroken, tiny_base, pairs_folder, labelled_folder, tmp_path):
+    done = job("distill", *distill_args(tiny_base, pairs_folder, labelled_folder, tmp_path), "--workers", 2)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    wanted = json.loads((unbroken[0] / "table.json").read_text())["rows"][1]
+    got = json.loads((tmp_path / "table.json").read_text())["rows"][1]
+    for way in ("t2i", "i2t"):
+        assert got[way]["mrr"] == pytest.approx(wanted[way]["mrr"], abs=0.02)
+
+
+def test_extract_regions_with_yolo_previews_and_resumes(pairs_folder, tmp_path):
+    args = ("--pairs", pairs_folder, "--out", tmp_path, "--weights", ROOT / "examples/demo/detector.pt", "--set", "regions.options.image_size=128", "--preview", 3)
+    done = job("extract_regions", *args)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    facts = json.loads(done.stdout.splitlines()[-1])
+    assert facts["pictures"] == 60
+    # the detector's mAP50 is 0.99 on such scenes, which hold 2 to 4 things
+    assert 2 * 60 <= facts["boxes"] <= 5 * 60
+    stage = Path(facts["stage"])
+    assert len(list((stage / "preview").glob("*.jpg"))) == 3
+    # half of it lost: only that half is done again
+    parts = sorted(stage.glob("part-*.parquet"))
+    (stage / "manifest.json").unlink()
+    parts[0].unlink()
+    again = job("extract_regions", *args)
+    assert re.search(r"\d+ of 60 pictures are there already", again.stdout)
+    assert json.loads(again.stdout.splitlines()[-1])["boxes"] == facts["boxes"]
+
+
+def test_ingest_job_and_cli_agree(student_folder, scenes_folder, tmp_path):
+    from dclip_qdrant.ingest import Embedder, ingest
+    from dclip_qdrant.stores import open_store
+    from dclip_qdrant.student import Student
+
+    (tmp_path / "src").mkdir()
+    for i in range(12):
+        (tmp_path / "src" / f"{i}.jpg").write_bytes((scenes_folder / "images" / f"train-{i:05d}.jpg").read_bytes())
+    (tmp_path / "src" / "bad.jpg").write_text("text")
+    args = (tmp_path / "src", "--student", student_folder, "--collection", "c", "--edge", tmp_path / "job", "--rejects", tmp_path / "r.jsonl")
+    done = job("ingest", *args)
+    assert done.returncode == 3, done.stdout[-2000:] + done.stderr[-2000:]
+    assert '{"seen": 13, "embedded": 12, "unchanged": 0, "rejected": 1}' in done.stdout
+    assert "looks like text" in (tmp_path / "r.jsonl").read_text()
+    again = job("ingest", *args)
+    assert '{"seen": 13, "embedded": 0, "unchanged": 12, "rejected": 1}' in again.stdout
+    ours, theirs = open_store("c", edge=str(tmp_path / "cli")), open_store("c", edge=str(tmp_path / "job"))
+    ingest(str(tmp_path / "src"), Embedder(Student.load(student_folder)), ours)
+    snapshot = lambda s: {p.id: (p.payload, p.image.round(4).tolist(), p.regions.round(4).tolist()) for p in s.scroll(with_vectors=True)}  # noqa: E731
+    assert snapshot(ours) == snapshot(theirs)
+    ours.close()
+    theirs.close()
+
+
+@pytest.mark.parametrize(("name", "args", "code", "says"), [
+    ("distill", ("--pairs", "/no/such", "--base", "x", "--out", "/tmp/x"), 2, "no such file or folder"),
+    ("distill", ("--pairs", "PAIRS", "--base", "/no/such/base", "--out", "/tmp/x", "--recipe", "tiny"), 2, "/no/such/base: no such folder"),
+    ("distill", ("--pairs", "PAIRS", "--base", "BASE", "--out", "/tmp/x", "--recipe", "dclpi"), 2, "did you mean 'dclip'"),
+    ("distill", ("--pairs", "PAIRS", "--base", "BASE", "--out", "/tmp/x", "--set", "train.epoch=1"), 2, "did you mean 'epochs'"),
+    ("distill", ("--pairs", "PAIRS", "--base", "BASE", "--out", "/tmp/x", "--weights", "/no/such.pt"), 2, "no file /no/such.pt"),
+    ("distill", ("--pairs", "PAIRS", "--base", "BASE", "--out", "/tmp/x", "--recipe", "tiny", "--seeds", "1,x"), 2, "numbers with commas"),
+    ("evaluate", ("--student", "/no/such", "--pairs", "PAIRS"), 1, "no such folder"),
+])  # fmt: skip
+def test_mistakes_are_said_before_any_work(name, args, code, says, tiny_base, pairs_folder):
+    places = {"PAIRS": str(pairs_folder), "BASE": str(tiny_base)}
+    done = job(name, *(places.get(a, a) for a in args))
+    assert done.returncode == code, done.stderr
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_relative_path_in_a_submitted_job_is_refused(monkeypatch, tmp_path):
+    from dclip_qdrant import cluster
+    from dclip_qdrant.errors import UsageError
+
+    inside = tmp_path / "runtime_resources" / "working_dir_files" / "_ray_pkg_1"
+    inside.mkdir(parents=True)
+    monkeypatch.chdir(inside)
+    with pytest.raises(UsageError, match="uploaded copy.*absolute path"):
+        cluster.absolute("runs", "--out")
+    assert cluster.absolute("/runs", "--out") == "/runs"
+    assert cluster.absolute("s3://b/runs", "--out") == "s3://b/runs"
+
+
+def test_a_checkpoint_that_would_run_something_is_refused(tmp_path):
+    import torch
+
+    from dclip_qdrant.detectors.yolo import _check_pickle
+    from dclip_qdrant.errors import InputError
+
+    class Evil:
+        def __reduce__(self):
+            return os.system, ("echo pwned",)
+
+    torch.save({"model": Evil()}, tmp_path / "evil.pt")
+    with pytest.raises(InputError, match="would run .*system"):
+        _check_pickle(tmp_path / "evil.pt")
+    _check_pickle(ROOT / "examples" / "demo" / "detector.pt")
+    (tmp_path / "text.pt").write_text("not a checkpoint")
+    with pytest.raises(InputError, match="not a torch checkpoint"):
+        _check_pickle(tmp_path / "text.pt")

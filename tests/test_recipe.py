@@ -1,0 +1,71 @@
+"""Recipes: every file loads, wrong keys and values get one clear line, settings reach everywhere."""
+
+import pytest
+
+from dclip_qdrant.errors import RecipeError
+from dclip_qdrant.objectives import build
+from dclip_qdrant.recipe import HERE, Recipe, recipe_names
+
+
+def test_there_are_recipes():
+    assert {"dclip", "dclip_as_released", "sft", "tiny", "demo"} <= set(recipe_names())
+    assert len(recipe_names()) == len(list(HERE.glob("*.toml")))
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_loads_says_what_it_is_for_and_builds_its_parts(name):
+    recipe = Recipe.load(name)
+    assert len(recipe.about) > 20
+    for o in recipe.objectives:
+        build(o.name, student_dim=8, teacher_dim=8, **o.options)
+    assert Recipe(**recipe.as_dict()) == recipe
+
+
+def test_the_default_teacher_cannot_copy_its_caption():
+    t = Recipe.load("dclip").teacher
+    assert (t.caption, t.mask_padding, t.normalise_crops, t.include_global) == ("other", True, True, True)
+
+
+@pytest.mark.parametrize(("text", "says"), [
+    ("name = 'x'\nobjectives = [{name = 'info_nce'}]\n[train]\nepoch = 3", r"unknown key 'train.epoch' -> did you mean 'epochs'"),
+    ("name = 'x'\nobjectives = [{name = 'info_nce'}]\n[student]\ntrian = 'full'", "did you mean 'train'"),
+    ("name = 'x'\nobjectives = [{name = 'info_nce'}]\n[student]\ntrain = 'all'", "student.train = \"all\"; expected input should be 'frozen'"),
+    ("name = 'x'\nobjectives = [{name = 'info_nce'}]\n[train]\nlr = -1", "train.lr = -1; expected input should be greater than 0"),
+    ("name = 'x'\nobjectives = []", "objectives"),
+    ("objectives = [{name = 'info_nce'}]", "no 'name'"),
+    ("name = ", "not TOML"),
+])  # fmt: skip
+def test_wrong_recipes_get_one_clear_line(text, says, tmp_path):
+    file = tmp_path / "mine.toml"
+    file.write_text(text)
+    with pytest.raises(RecipeError, match=says) as e:
+        Recipe.load(file)
+    assert "\n" not in str(e.value)
+    assert str(file) in str(e.value)
+    assert e.value.exit_code == 2
+
+
+def test_unknown_recipe_is_named():
+    with pytest.raises(RecipeError, match="did you mean 'dclip'"):
+        Recipe.load("dclpi")
+
+
+def test_settings():
+    r = Recipe.load("dclip", ["train.lr=1e-4", "student.text=full", "objectives.1.weight=7", 'regions.options.weights="/x y.pt"', "keep.wise_ft=[0.5, 1.0]"])
+    assert (r.train.lr, r.student.text, r.objectives[1].weight, r.regions.options["weights"], r.keep.wise_ft) == (1e-4, "full", 7.0, "/x y.pt", (0.5, 1.0))
+    assert r.with_settings("train.epochs=2").train.epochs == 2
+    for setting, says in (("train.lr", "key.key=value"), ("train.nope=1", "unknown key"), ("objectives.9.weight=1", "to reach into"), ("name.x=1", "to reach into")):
+        with pytest.raises(RecipeError, match=says):
+            Recipe.load("dclip", [setting])
+
+
+def test_rivals_get_the_same_trainable_set_and_budget():
+    from dclip_qdrant.pipeline import same_budget
+
+    main = Recipe.load("demo")
+    rival = same_budget(Recipe.load("sft"), main)
+    assert rival.student == main.student
+    assert rival.objectives == Recipe.load("sft").objectives
+    # every crop is a forward pass too: 4 epochs with half as many crops beside the pictures are 6 epochs without
+    assert rival.train.epochs * (1 + rival.train.region_share) == main.train.epochs * (1 + main.train.region_share)
+    assert rival.train.model_copy(update={"epochs": 0, "region_share": 0}) == main.train.model_copy(update={"epochs": 0, "region_share": 0})

@@ -1,0 +1,201 @@
+"""One suite over every store: what is written comes back, queries agree with brute force, fusion is Qdrant's."""
+
+import numpy as np
+import pytest
+
+from dclip_qdrant.collection import CollectionSpec, check_student, metadata_of
+from dclip_qdrant.errors import MismatchError, PointError, StoreError, UsageError
+from dclip_qdrant.ingest import point_id
+from dclip_qdrant.metrics import normalise
+from dclip_qdrant.stores import Condition, Point, Query, open_store, rrf
+from dclip_qdrant.stores.exact import Exact
+
+D = 8
+WORDS = ["red", "blue", "green", "star", "moon", "ring", "house", "cross"]
+
+
+class FakeStudent:
+    name, dim, fingerprint, model_name = "fake", D, "f" * 64, "dclip/fake@ffffffff"
+
+
+def points(n=40, seed=0):
+    rng = np.random.default_rng(seed)
+    out = []
+    for i in range(n):
+        regions = normalise(rng.normal(size=(1 + i % 3, D)))
+        caption = " ".join(rng.choice(WORDS, rng.integers(2, 5), replace=False))
+        out.append(Point(point_id(f"k{i}"), regions[0], regions, {"key": f"k{i}", "caption": caption, "labels": [WORDS[i % 8], WORDS[(i + 1) % 8]], "width": 100 + i, "uri": f"/p/{i}"}))
+    return out
+
+
+def fill(store):
+    store.create(CollectionSpec.load(), D, metadata_of(FakeStudent))
+    store.upsert(points())
+    return store
+
+
+@pytest.fixture(params=["exact", "edge", "memory"])
+def store(request, tmp_path):
+    s = {"exact": lambda: Exact("c"), "edge": lambda: open_store("c", edge=str(tmp_path)), "memory": lambda: open_store("c", url=":memory:")}[request.param]()
+    yield s
+    s.close()
+
+
+@pytest.fixture
+def full(store):
+    return fill(store)
+
+
+@pytest.fixture
+def truth():
+    return fill(Exact("c"))
+
+
+def q(seed=5):
+    return normalise(np.random.default_rng(seed).normal(size=D))
+
+
+def same(store, truth, query, *, scores=True):
+    a, b = store.query(query), truth.query(query)
+    assert [h.payload["key"] for h in a] == [h.payload["key"] for h in b]
+    if scores:
+        np.testing.assert_allclose([h.score for h in a], [h.score for h in b], atol=1e-4)
+    return a
+
+
+def test_dense_agrees_with_brute_force(full, truth):
+    hits = same(full, truth, Query(limit=10, vector=q()))
+    assert len(hits) == 10
+
+
+def test_filters_agree_with_brute_force(full, truth):
+    for where in (
+        (Condition("labels", "=", ("star",)),), (Condition("labels", "=", ("star", "moon")),), (Condition("labels", "!=", ("star",)),),
+        (Condition("width", ">=", (120.0,)), Condition("width", "<", (125.0,))), (Condition("key", "=", ("k7",)),), (Condition("caption", "~", ("red",)),),
+    ):  # fmt: skip
+        hits = same(full, truth, Query(limit=40, vector=q(), where=where))
+        assert 0 < len(hits) < 40, where
+
+
+def test_region_rescoring_agrees_with_brute_force(full, truth):
+    hits = same(full, truth, Query(limit=5, vector=q(), rescore=q()[None], candidates=40, with_regions=True))
+    for h in hits:
+        assert h.score == pytest.approx(float((h.regions @ q()).max()), abs=1e-4)
+
+
+def test_bm25_ranks_exact_words_first(full):
+    hits = full.query(Query(limit=5, text="moon ring"))
+    assert {"moon", "ring"} <= set(hits[0].payload["caption"].split()) or len({"moon", "ring"} & set(hits[0].payload["caption"].split())) == 1
+    assert all({"moon", "ring"} & set(h.payload["caption"].split()) for h in hits)
+
+
+def test_fusion_is_weighted_rrf_of_the_two_lists(full):
+    dense = [h.id for h in full.query(Query(limit=100, vector=q()))]
+    words = [h.id for h in full.query(Query(limit=100, text="blue star"))]
+    for weights in ((1.0, 1.0), (3.0, 1.0)):
+        wanted = rrf([dense, words], weights, 60)
+        hits = full.query(Query(limit=10, vector=q(), text="blue star", weights=weights))
+        # BM25 ties may stand in another order from call to call: compare scores
+        np.testing.assert_allclose([h.score for h in hits], sorted(wanted.values(), reverse=True)[:10], atol=2e-3)
+
+
+def test_rrf_by_hand():
+    # Qdrant, k = 60, weights 1: 1/(rank + 60)
+    out = rrf([["a", "b"], ["b"]], (1.0, 1.0), 60)
+    assert out == {"a": pytest.approx(1 / 60), "b": pytest.approx(1 / 61 + 1 / 60)}
+    assert rrf([["a"], ["b"]], (1.0, 0.0), 60) == {"a": pytest.approx(1 / 60)}
+
+
+def test_a_zero_weight_leaves_a_source_out(full, truth):
+    same(full, truth, Query(limit=10, vector=q(), text="blue", weights=(1.0, 0.0)))
+
+
+def test_upsert_replaces_and_payloads_come_back(full):
+    (p,) = points(1)
+    full.upsert([Point(p.id, p.image, p.regions, p.payload | {"caption": "changed"})])
+    assert full.count() == 40
+    assert full.payloads([p.id, point_id("none")], ["caption", "key", "absent"]) == {p.id: {"caption": "changed", "key": "k0", "absent": None}}
+    assert full.payloads([], ["key"]) == {}
+
+
+def test_exclude_leaves_points_out(full):
+    first = full.query(Query(limit=1, vector=q()))[0].id
+    assert first not in [h.id for h in full.query(Query(limit=40, vector=q(), exclude=(first,)))]
+
+
+def test_scroll_gives_every_point_with_vectors(full):
+    found = {p.payload["key"]: p for p in full.scroll(with_vectors=True)}
+    assert len(found) == 40
+    for p in points():
+        np.testing.assert_allclose(found[p.payload["key"]].image, p.image, atol=1e-5)
+        np.testing.assert_allclose(found[p.payload["key"]].regions, p.regions, atol=1e-5)
+
+
+def test_a_wrong_width_is_a_point_error_or_store_error(full):
+    with pytest.raises((PointError, StoreError)):
+        full.upsert([Point(point_id("bad"), np.ones(D + 1, np.float32), None, {})])
+
+
+def test_metadata_and_description(full):
+    check_student(full.metadata(), FakeStudent, "c")
+    d = full.describe()
+    assert (d["points"], d["dim"]) == (40, D)
+    assert set(d["vectors"]) == {"image", "regions"}
+    assert d["vectors"]["regions"]["hnsw"] is False
+
+    class Other(FakeStudent):
+        fingerprint, model_name = "0" * 64, "dclip/other@00000000"
+
+    with pytest.raises(MismatchError, match="dclip/fake@ffffffff.*dclip/other@00000000") as e:
+        check_student(full.metadata(), Other, "c")
+    assert e.value.exit_code == 4
+
+
+def test_an_absent_collection_says_which_there_are(tmp_path):
+    fill(open_store("here", edge=str(tmp_path))).close()
+    with pytest.raises(StoreError, match="no collection 'gone'; expected one of here"):
+        open_store("gone", edge=str(tmp_path)).count()
+    with pytest.raises(StoreError, match="no collection 'gone'"):
+        open_store("gone", url=":memory:").describe()
+
+
+def test_edge_keeps_everything_over_a_restart_and_int8_finds_the_same(tmp_path):
+    s = open_store("c", edge=str(tmp_path))
+    s.create(CollectionSpec.load("int8"), D, metadata_of(FakeStudent))
+    s.upsert(points())
+    s.finish()
+    s.close()
+    again = open_store("c", edge=str(tmp_path))
+    assert again.count() == 40
+    assert again.query(Query(limit=1, vector=points()[3].image))[0].payload["key"] == "k3"
+    again.close()
+
+
+def test_a_server_that_is_away_is_one_clear_line(monkeypatch):
+    import dclip_qdrant.stores.qdrant as module
+
+    monkeypatch.setattr(module.time, "sleep", lambda s: None)
+    store = open_store("c", url="http://127.0.0.1:9")
+    with pytest.raises(StoreError, match="no answer.*check --url") as e:
+        store.count()
+    assert "\n" not in str(e.value)
+
+
+def test_one_of_url_and_edge(tmp_path):
+    with pytest.raises(UsageError, match="neither"):
+        open_store("c")
+    with pytest.raises(UsageError, match="both"):
+        open_store("c", url="http://x", edge=str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["default", "int8"])
+def test_specs_load(name):
+    assert CollectionSpec.load(name).vectors["regions"].multivector
+
+
+def test_wrong_specs_get_one_clear_line(tmp_path):
+    with pytest.raises(UsageError, match="did you mean 'default'"):
+        CollectionSpec.load("defalt")
+    (tmp_path / "x.toml").write_text("[vectors.image]\nquantisation = 'int8'\n")
+    with pytest.raises(UsageError, match="quantisation"):
+        CollectionSpec.load(tmp_path / "x.toml")

@@ -45,7 +45,17 @@ def _version(ctx: click.Context, _: Any, wanted: bool) -> None:
         from importlib.metadata import PackageNotFoundError, version
 
         click.echo(f"dclip-qdrant {__version__}")
-        for package in ("qdrant-client", "qdrant-edge-py", "onnxruntime", "numpy", "pyarrow", "torch", "open_clip_torch", "ray", "ultralytics"):
+        for package in (
+            "qdrant-client",
+            "qdrant-edge-py",
+            "onnxruntime",
+            "numpy",
+            "pyarrow",
+            "torch",
+            "open_clip_torch",
+            "ray",
+            "ultralytics",
+        ):
             try:
                 click.echo(f"  {package} {version(package)}")
             except PackageNotFoundError:
@@ -54,7 +64,14 @@ def _version(ctx: click.Context, _: Any, wanted: bool) -> None:
 
 
 @click.group(cls=_Group, context_settings={"auto_envvar_prefix": "DCLIP", "help_option_names": ["-h", "--help"], "max_content_width": 110})
-@click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_version, help="Show the versions of this and of what it stands on.")
+@click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_version,
+    help="Show the versions of this and of what it stands on.",
+)
 @click.option("--config", help="A TOML file with defaults; ./dclip.toml is read by itself.")
 @click.pass_context
 def main(ctx: click.Context, config: str | None) -> None:
@@ -84,11 +101,27 @@ def _mapping(_: Any, __: Any, values: tuple[str, ...]) -> dict[str, str]:
 @click.argument("source")
 @click.option("-o", "--out", required=True, help="Folder for the pairs.")
 @click.option("--images", "images_root", help="Where the pictures are, when not beside the captions file.")
-@click.option("--fractions", default="0.8,0.1,0.1", show_default=True, callback=_fractions, help="Train, val, test; for sources without splits of their own.")
+@click.option(
+    "--fractions",
+    default="0.8,0.1,0.1",
+    show_default=True,
+    callback=_fractions,
+    help="Train, val, test; for sources without splits of their own.",
+)
 @click.option("--split-map", multiple=True, callback=_mapping, metavar="THEIRS=OURS", help="Rename a split, e.g. --split-map val=test.")
 @click.option("--seed", default=0, show_default=True, help="Of the split.")
-@click.option("--embed/--reference", default=None, help="Put pictures into the Parquet files or refer to them. Default: refer, except for tars and Parquet.")
-@click.option("--on-leak", type=click.Choice(["refuse", "drop-train"]), default="refuse", show_default=True, help="When a test or val picture stands in train too.")
+@click.option(
+    "--embed/--reference",
+    default=None,
+    help="Put pictures into the Parquet files or refer to them. Default: refer, except for tars and Parquet.",
+)
+@click.option(
+    "--on-leak",
+    type=click.Choice(["refuse", "drop-train"]),
+    default="refuse",
+    show_default=True,
+    help="When a test or val picture stands in train too.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace pairs that are there.")
 @click.option("--quiet", is_flag=True)
 def pairs(source, out, images_root, fractions, split_map, seed, embed, on_leak, overwrite, quiet):
@@ -105,7 +138,10 @@ def pairs(source, out, images_root, fractions, split_map, seed, embed, on_leak, 
               threads=max(4, os.cpu_count() or 4), progress=lambda n: bar(n, f"{n:,} pictures"))  # fmt: skip
     bar.done()
     splits = ", ".join(f"{k} {v:,}" for k, v in m["splits"].items())
-    front.say(f"{out}: {sum(m['splits'].values()):,} pictures with {m['captions']:,} captions ({splits})" + (f", {m['copies']:,} of them copies" if m["copies"] else ""))
+    front.say(
+        f"{out}: {sum(m['splits'].values()):,} pictures with {m['captions']:,} captions ({splits})"
+        + (f", {m['copies']:,} of them copies" if m["copies"] else "")
+    )
     click.echo(json.dumps(m))
     if m["rejects"]:
         raise PartialError(source, f"{m['rejects']:,} rows rejected", do=f"reasons are in {out}/rejects.jsonl")
@@ -150,7 +186,9 @@ def _pair(values: tuple[str, ...], flag: str) -> dict[str, Any]:
 @click.option("--detector-set", multiple=True, metavar="KEY=VALUE", help="The detector's options, e.g. min_score=0.4.")
 @click.option("--regions", "regions_file", help="Regions that are there already: a regions folder (parts in the contract).")
 @click.option("--top-k", default=4, show_default=True, help="Regions kept a picture, by confidence x area.")
-@click.option("--spec", default="default", show_default=True, help="What a new collection is: a name in schemas/collections or a .toml file.")
+@click.option(
+    "--spec", default="default", show_default=True, help="What a new collection is: a name in schemas/collections or a .toml file."
+)
 @click.option("--images", "images_root", help="Where the pictures are, when not beside the file that names them.")
 @click.option("--split", "splits", multiple=True, help="Only these splits of a source that has splits.")
 @click.option("--prefix", default="", help="Put before every key, to keep sources apart.")
@@ -160,7 +198,26 @@ def _pair(values: tuple[str, ...], flag: str) -> dict[str, Any]:
 @click.option("--threads", type=int, help="Threads for decoding.")
 @click.option("--quiet", is_flag=True)
 def ingest(
-    source, student, collection, url, edge, api_key, detector, weights, detector_set, regions_file, top_k, spec, images_root, splits, prefix, replace, limit, rejects, threads, quiet
+    source,
+    student,
+    collection,
+    url,
+    edge,
+    api_key,
+    detector,
+    weights,
+    detector_set,
+    regions_file,
+    top_k,
+    spec,
+    images_root,
+    splits,
+    prefix,
+    replace,
+    limit,
+    rejects,
+    threads,
+    quiet,
 ):
     """Embeds the pictures in SOURCE (folder, CSV, JSONL, tar, Parquet, pairs) and fills a collection.
 
@@ -186,7 +243,18 @@ def ingest(
                       splits=splits, replace=replace, limit=limit, rejects=rejects, progress=lambda r: bar(r.seen, r.line()))  # fmt: skip
         bar.done()
         front.say(report.line())
-        click.echo(json.dumps({"collection": collection, "seen": report.seen, "embedded": report.embedded, "unchanged": report.unchanged, "rejected": report.rejected, "points": store.count()}))
+        click.echo(
+            json.dumps(
+                {
+                    "collection": collection,
+                    "seen": report.seen,
+                    "embedded": report.embedded,
+                    "unchanged": report.unchanged,
+                    "rejected": report.rejected,
+                    "points": store.count(),
+                }
+            )
+        )
     finally:
         store.close()
     if report.seen == 0:
@@ -226,8 +294,16 @@ def _regions(path: str | None) -> Any:
 @click.option("--image", "image_path", type=click.Path(), help="Search with a picture.")
 @click.option("--student", required=True, help="A student folder.")
 @_store_options
-@click.option("--mode", type=click.Choice(["dense", "regions", "hybrid"]), default="dense", show_default=True, help="Whole pictures; their best regions; dense and BM25 over captions.")
-@click.option("--filter", "filters", multiple=True, metavar="COND", help="labels=dog|cat, labels!=car, caption~red ball, width>=640; all must hold.")
+@click.option(
+    "--mode",
+    type=click.Choice(["dense", "regions", "hybrid"]),
+    default="dense",
+    show_default=True,
+    help="Whole pictures; their best regions; dense and BM25 over captions.",
+)
+@click.option(
+    "--filter", "filters", multiple=True, metavar="COND", help="labels=dog|cat, labels!=car, caption~red ball, width>=640; all must hold."
+)
 @click.option("--limit", "-n", default=10, show_default=True)
 @click.option("--candidates", default=100, show_default=True, help="What hybrid and regions choose from.")
 @click.option("--weights", default="1,1", show_default=True, help="Of dense and BM25 in hybrid.")
@@ -248,7 +324,9 @@ def search(text, image_path, student, collection, url, edge, api_key, mode, filt
     loaded = Student.load(student)
     store = _open_store(collection, url, edge, api_key)
     try:
-        hits = find(store, loaded, text=text, image=picture, mode=mode, where=where, limit=limit, candidates=candidates, weights=(dense, words))
+        hits = find(
+            store, loaded, text=text, image=picture, mode=mode, where=where, limit=limit, candidates=candidates, weights=(dense, words)
+        )
     finally:
         store.close()
     if form == "json":
@@ -287,11 +365,19 @@ def inspect(what, url, edge, api_key, form):
                  "megabytes": {f.name: round(f.stat().st_size / 1e6, 1) for f in sorted(s.folder.glob("*.onnx"))}}  # fmt: skip
         figures = json.loads((s.folder / "metrics.json").read_text())
         if "test" in figures:
-            facts |= {"mean_r@1": round(figures["test"]["mean_r@1"], 4), "retention": figures.get("retention"), "alpha": figures.get("alpha")}
+            facts |= {
+                "mean_r@1": round(figures["test"]["mean_r@1"], 4),
+                "retention": figures.get("retention"),
+                "alpha": figures.get("alpha"),
+            }
     else:
         store = _open_store(what, url, edge, api_key)
         try:
-            facts = {"collection": what, **store.describe(), "filled_by": store.metadata().get(META, {}).get("student", "something else than dclip-qdrant")}
+            facts = {
+                "collection": what,
+                **store.describe(),
+                "filled_by": store.metadata().get(META, {}).get("student", "something else than dclip-qdrant"),
+            }
         finally:
             store.close()
     if form == "json":

@@ -31,7 +31,15 @@ def connect() -> None:
     else:
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # a private cluster on loopback, gone with this process
         # the dashboard, on a port of its own: without it Ray Train's controller complains every second
-        ray.init(address="local", include_dashboard=True, dashboard_host="127.0.0.1", dashboard_port=_free_port(), num_cpus=max(4, os.cpu_count() or 1), object_store_memory=1 << 30, log_to_driver=True)
+        ray.init(
+            address="local",
+            include_dashboard=True,
+            dashboard_host="127.0.0.1",
+            dashboard_port=_free_port(),
+            num_cpus=max(4, os.cpu_count() or 1),
+            object_store_memory=1 << 30,
+            log_to_driver=True,
+        )
 
 
 def _free_port() -> int:
@@ -75,7 +83,11 @@ def absolute(path: str | None, flag: str) -> str | None:
     if path is None or "://" in path or os.path.isabs(path):
         return path
     if "runtime_resources" in os.getcwd():
-        raise UsageError(flag, f"the relative path {path!r} in a submitted job (it would point into the uploaded copy of your folder)", "an absolute path or a URI")
+        raise UsageError(
+            flag,
+            f"the relative path {path!r} in a submitted job (it would point into the uploaded copy of your folder)",
+            "an absolute path or a URI",
+        )
     return os.path.abspath(path)
 
 
@@ -85,7 +97,16 @@ def threads_for(actors: int) -> int:
 
 
 def map_pairs(
-    pairs: Pairs, actor: type, kwargs: dict[str, Any], *, out: UPath, contract: Contract, actors: int | None, batch: int, say: Callable[[str], None], columns: list[str] | None = None
+    pairs: Pairs,
+    actor: type,
+    kwargs: dict[str, Any],
+    *,
+    out: UPath,
+    contract: Contract,
+    actors: int | None,
+    batch: int,
+    say: Callable[[str], None],
+    columns: list[str] | None = None,
 ) -> int:
     """Maps an actor pool over the pairs whose keys `out` doesn't have yet; how many it did.
 

@@ -60,7 +60,9 @@ def check_student(metadata: dict[str, Any], student: Any, collection: str) -> No
     """Raises MismatchError unless this very student filled the collection."""
     said = metadata.get(META)
     if said is None:
-        raise MismatchError(collection, "a collection that dclip-qdrant didn't make", f"one filled by {student.model_name}", "another --collection name")
+        raise MismatchError(
+            collection, "a collection that dclip-qdrant didn't make", f"one filled by {student.model_name}", "another --collection name"
+        )
     if said["fingerprint"] != student.fingerprint:
         raise MismatchError(collection, f"filled by {said['student']}", f"{student.model_name}, the student given",
                             f"query with {said['student']}, or ingest into another collection")  # fmt: skip

@@ -36,14 +36,22 @@ class Contract:
         for name in columns or self.columns:
             kind = self.columns[name][0]
             if name not in schema.names:
-                raise SchemaError(where, f"no column {name!r} (has: {', '.join(schema.names) or 'none'})", f"the {self.name} contract: {name} {kind}", do)
+                raise SchemaError(
+                    where, f"no column {name!r} (has: {', '.join(schema.names) or 'none'})", f"the {self.name} contract: {name} {kind}", do
+                )
             came = schema.field(name).type
             if not _fits(came, kind):
                 raise SchemaError(where, f"column {name!r} of type {came}", str(kind), do)
 
     def describe(self) -> dict:
         columns = [{"name": n, "type": str(t), "about": about} for n, (t, about) in self.columns.items()]
-        return {"name": self.name, "version": self.version, "about": self.about, "metadata": {"dclip.contract": f"{self.name}/{self.version}"}, "columns": columns}
+        return {
+            "name": self.name,
+            "version": self.version,
+            "about": self.about,
+            "metadata": {"dclip.contract": f"{self.name}/{self.version}"},
+            "columns": columns,
+        }
 
 
 def _fits(came: pa.DataType, wanted: pa.DataType) -> bool:

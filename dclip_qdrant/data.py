@@ -77,7 +77,9 @@ class Cache:
         return self.crop.shape[1]
 
 
-def load_cache(keys: list[str], captions: list[int], features: UPath, teacher: UPath | None = None, *, need: tuple[str, ...] = ("regions", "texts")) -> Cache:
+def load_cache(
+    keys: list[str], captions: list[int], features: UPath, teacher: UPath | None = None, *, need: tuple[str, ...] = ("regions", "texts")
+) -> Cache:
     """Reads the features stage (and the teacher's) for these pictures; `captions` is how many each has.
 
     Raises:
@@ -113,9 +115,13 @@ def load_cache(keys: list[str], captions: list[int], features: UPath, teacher: U
                 if name == "texts":
                     out.setdefault("texts", np.zeros((first[-1], values.shape[1]), np.float16))[first[n[j]] : first[n[j] + 1]] = rows
                 else:
-                    out.setdefault(name, np.empty(len(keys), object))[n[j]] = rows.astype(np.float32 if name == "region_boxes" else np.float16)
+                    out.setdefault(name, np.empty(len(keys), object))[n[j]] = rows.astype(
+                        np.float32 if name == "region_boxes" else np.float16
+                    )
     if not filled.all():
-        raise InputError(features, f"no features of {keys[int(np.argmin(filled))]!r}", "every picture of the split", "submit again with --from-scratch")
+        raise InputError(
+            features, f"no features of {keys[int(np.argmin(filled))]!r}", "every picture of the split", "submit again with --from-scratch"
+        )
     cache = Cache(keys, out["crop"], out["flip"], out["trunk"], out["image"], texts=out.get("texts"), first=first)
     for name in ("regions", "region_boxes", "region_trunk"):
         if name in out:
@@ -166,7 +172,9 @@ def apply_view(image: Image.Image, crop: np.ndarray, flip: bool) -> Image.Image:
     return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else image
 
 
-def load_pixels(pictures: Pictures, index: np.ndarray, crop: np.ndarray, flip: np.ndarray, preprocess: Preprocess, pool: ThreadPoolExecutor) -> np.ndarray:
+def load_pixels(
+    pictures: Pictures, index: np.ndarray, crop: np.ndarray, flip: np.ndarray, preprocess: Preprocess, pool: ThreadPoolExecutor
+) -> np.ndarray:
     """index [B], crop [B, 4], flip [B] -> [B, S, S, 3] uint8, decoded on threads."""
 
     def one(j: int) -> np.ndarray:

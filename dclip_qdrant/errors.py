@@ -1,20 +1,20 @@
 """Every error that we raise on purpose.
 
-    DclipError              exit 1   anything below; the CLI prints its one line, and a traceback for everything else
-    ├── UsageError          exit 2   a flag, a path or a recipe that can't be meant
-    │   └── RecipeError              a key or value in a recipe
-    ├── MissingExtra        exit 1   a package that this command needs is not installed
-    ├── InputError          exit 1   data that can't be used
-    │   ├── SchemaError              a table without the columns of its contract
-    │   └── ImageError               a picture that can't be read
-    ├── LeakError           exit 1   the same picture in train and in test
-    ├── StudentError        exit 1   a student folder that is incomplete or altered
-    ├── ParityError         exit 1   an export that doesn't agree with what was trained
-    ├── StoreError          exit 1   the collection or its engine said no
-    │   └── PointError               ... to these points; others may be fine
-    ├── PartialError        exit 3   done, but some rows were rejected
-    ├── GateError           exit 3   a student below its retention gate (the student is kept)
-    └── MismatchError       exit 4   a collection that another student filled
+DclipError              exit 1   anything below; the CLI prints its one line, and a traceback for everything else
+├── UsageError          exit 2   a flag, a path or a recipe that can't be meant
+│   └── RecipeError              a key or value in a recipe
+├── MissingExtra        exit 1   a package that this command needs is not installed
+├── InputError          exit 1   data that can't be used
+│   ├── SchemaError              a table without the columns of its contract
+│   └── ImageError               a picture that can't be read
+├── LeakError           exit 1   the same picture in train and in test
+├── StudentError        exit 1   a student folder that is incomplete or altered
+├── ParityError         exit 1   an export that doesn't agree with what was trained
+├── StoreError          exit 1   the collection or its engine said no
+│   └── PointError               ... to these points; others may be fine
+├── PartialError        exit 3   done, but some rows were rejected
+├── GateError           exit 3   a student below its retention gate (the student is kept)
+└── MismatchError       exit 4   a collection that another student filled
 """
 
 

@@ -52,7 +52,15 @@ def pick_split(pairs: Pairs, wanted: str | None) -> str:
 
 
 def evaluate(
-    student: Student, pairs: Pairs, *, split: str | None = None, labelled: str | None = None, base: Student | None = None, bootstrap: int = 1000, seed: int = 0, speed: bool = True
+    student: Student,
+    pairs: Pairs,
+    *,
+    split: str | None = None,
+    labelled: str | None = None,
+    base: Student | None = None,
+    bootstrap: int = 1000,
+    seed: int = 0,
+    speed: bool = True,
 ) -> dict[str, Any]:
     """All figures of `KEYS`. Retention needs `labelled` and the base as a student folder; `find_base` knows where distill puts it."""
     split = pick_split(pairs, split)
@@ -115,7 +123,10 @@ def latency(student: Student, texts: list[str]) -> dict[str, float]:
         return float(np.median(times)) * 1000
 
     some = iter(texts * (1 + 60 // max(1, len(texts))))
-    return {"ms_per_image": median(lambda: student.embed_pixels(pixels), 5) / 32, "ms_per_text": median(lambda: student.embed_texts([next(some)]), 50)}
+    return {
+        "ms_per_image": median(lambda: student.embed_pixels(pixels), 5) / 32,
+        "ms_per_text": median(lambda: student.embed_texts([next(some)]), 50),
+    }
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -131,7 +142,10 @@ def table(rows: list[dict[str, Any]]) -> str:
             return f"{value * scale:.{digits}f}" + (f" ± {s * scale:.{digits}f}" if s else "")
 
         cells = [cell(r[w][f"r@{k}"], spread.get(w, {}).get(f"r@{k}")) for w in ("t2i", "i2t") for k in metrics.KS]
-        cells += [cell(r[k], spread.get(k)) for k in ("mrr", "map")] + [cell(r.get("zero_shot"), spread.get("zero_shot")), cell(r.get("retention"), spread.get("retention"), 1, 3)]
+        cells += [cell(r[k], spread.get(k)) for k in ("mrr", "map")] + [
+            cell(r.get("zero_shot"), spread.get("zero_shot")),
+            cell(r.get("retention"), spread.get("retention"), 1, 3),
+        ]
         lines.append("| " + " | ".join([r["name"], *cells, str(r.get("seeds", 1))]) + " |")
     return "\n".join(lines)
 
@@ -141,7 +155,10 @@ def describe(result: dict[str, Any]) -> str:
     ci = result.get("ci", {})
     lines = [f"{result['student']} on {result['split']}: {result['n_images']:,} pictures, {result['n_texts']:,} captions"]
     for way, name in (("t2i", "text -> image"), ("i2t", "image -> text")):
-        cells = [f"R@{k} {result[way][f'r@{k}'] * 100:5.1f}" + (" [{:.1f}, {:.1f}]".format(*(100 * v for v in ci[way][f"r@{k}"])) if ci else "") for k in metrics.KS]
+        cells = [
+            f"R@{k} {result[way][f'r@{k}'] * 100:5.1f}" + (" [{:.1f}, {:.1f}]".format(*(100 * v for v in ci[way][f"r@{k}"])) if ci else "")
+            for k in metrics.KS
+        ]
         lines.append(f"  {name}   " + "   ".join(cells) + f"   mAP {result[way]['map'] * 100:.1f}")
     lines.append(f"  MRR {result['mrr'] * 100:.1f}   mAP {result['map'] * 100:.1f}")
     if result["zero_shot"] is not None:

@@ -61,11 +61,25 @@ def export(model: TwoTower, out: str | Path, *, name: str, metrics: dict[str, An
     work = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
     try:
         model = model.to("cpu").eval()
-        _to_onnx(_Image(model), torch.randn(2, 3, model.preprocess.size, model.preprocess.size), work / "image.onnx", "pixel_values", "image_embeds", {0: "batch"})
+        _to_onnx(
+            _Image(model),
+            torch.randn(2, 3, model.preprocess.size, model.preprocess.size),
+            work / "image.onnx",
+            "pixel_values",
+            "image_embeds",
+            {0: "batch"},
+        )
         length = 9 if model.dynamic_text else model.context_length
         ids = model.tokenizer(["a photo of a cat", "two dogs"], context_length=model.context_length)[:, :length].clone()
         ids[:, -1] = ids[:, :].max() if model.dynamic_text else ids[:, -1]
-        _to_onnx(_Text(model), ids, work / "text.onnx", "input_ids", "text_embeds", {0: "batch", 1: "length"} if model.dynamic_text else {0: "batch"})
+        _to_onnx(
+            _Text(model),
+            ids,
+            work / "text.onnx",
+            "input_ids",
+            "text_embeds",
+            {0: "batch", 1: "length"} if model.dynamic_text else {0: "batch"},
+        )
         text = write_tokenizer(model, work)
         (work / "preprocessor_config.json").write_text(json.dumps(model.preprocess.as_fastembed(), indent=1) + "\n")
         config = {"model_cfg": _for_local_dir(model.config), "preprocess_cfg": model.preprocess.as_open_clip()}
@@ -73,7 +87,15 @@ def export(model: TwoTower, out: str | Path, *, name: str, metrics: dict[str, An
         save_file({k: v.contiguous() for k, v in model.weights().items()}, work / "open_clip_model.safetensors")
         (work / "recipe.toml").write_text(_toml(recipe))
         (work / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
-        files = ("image.onnx", "text.onnx", "tokenizer.json", "tokenizer_config.json", "preprocessor_config.json", "open_clip_config.json", "open_clip_model.safetensors")
+        files = (
+            "image.onnx",
+            "text.onnx",
+            "tokenizer.json",
+            "tokenizer_config.json",
+            "preprocessor_config.json",
+            "open_clip_config.json",
+            "open_clip_model.safetensors",
+        )
         fingerprint = fingerprint_of(work)
         facts = {
             "version": MANIFEST_VERSION, "name": name, "fingerprint": fingerprint, "dim": model.dim, "image_size": model.preprocess.size,
@@ -81,11 +103,14 @@ def export(model: TwoTower, out: str | Path, *, name: str, metrics: dict[str, An
             "parameters": {"image": sum(p.numel() for p in model.model.visual.parameters()), "text": sum(p.numel() for n, p in model.model.named_parameters() if not n.startswith("visual."))},
         }  # fmt: skip
         (work / "README.md").write_text(_card(facts, card))
-        facts["files"] = {f: hashlib.sha256((work / f).read_bytes()).hexdigest() for f in (*files, "recipe.toml", "metrics.json", "README.md")}
+        facts["files"] = {
+            f: hashlib.sha256((work / f).read_bytes()).hexdigest() for f in (*files, "recipe.toml", "metrics.json", "README.md")
+        }
         (work / "manifest.json").write_text(json.dumps(facts, indent=1) + "\n")
         check_parity(model, Student.load(work))
         if target.exists():
             shutil.rmtree(target)
+        work.chmod(0o755)  # mkdtemp's is private; a student is to be read by others
         work.rename(target)
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -94,7 +119,7 @@ def export(model: TwoTower, out: str | Path, *, name: str, metrics: dict[str, An
 
 def _to_onnx(module: nn.Module, example: Tensor, path: Path, name: str, out: str, dynamic: dict[int, str]) -> None:
     """The dynamo exporter: the older one bakes the sequence length into attention and fails at run time at another length."""
-    shapes = {name: {axis: torch.export.Dim.DYNAMIC for axis in dynamic}}
+    shapes = {name: dict.fromkeys(dynamic, torch.export.Dim.DYNAMIC)}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         fast = torch.backends.mha.get_fastpath_enabled()

@@ -40,7 +40,11 @@ def open_rgb(data: bytes, where: object, *, max_pixels: int = MAX_PIXELS) -> Ima
         raise
     except Image.DecompressionBombError as e:
         size = re.search(r"(\d+) pixels", str(e))
-        raise ImageError(where, f"a decompression bomb of {int(size.group(1)):,} pixels" if size else "a decompression bomb", f"at most {max_pixels:,} pixels") from e
+        raise ImageError(
+            where,
+            f"a decompression bomb of {int(size.group(1)):,} pixels" if size else "a decompression bomb",
+            f"at most {max_pixels:,} pixels",
+        ) from e
     except UnidentifiedImageError as e:
         raise ImageError(where, f"not a picture ({_looks_like(data)})", "one of " + ", ".join(FORMATS)) from e
     except Exception as e:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, ... for broken files

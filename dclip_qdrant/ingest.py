@@ -73,10 +73,21 @@ class Item:
 class Embedder:
     """Items -> points: what the CLI and the Ray job do to a batch, the same in both."""
 
-    def __init__(self, student: Student, *, detector: Any = None, regions: dict[str, Regions] | None = None, top_k: int = 4, context: float = 0.1, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        student: Student,
+        *,
+        detector: Any = None,
+        regions: dict[str, Regions] | None = None,
+        top_k: int = 4,
+        context: float = 0.1,
+        threads: int | None = None,
+    ) -> None:
         self.student, self.detector, self.regions, self.top_k, self.context = student, detector, regions, top_k, context
         self.pool = ThreadPoolExecutor(threads or max(2, os.cpu_count() or 2))
-        self.regions_from = f"{detector.fingerprint}/{top_k}/{context}" if detector else f"file/{top_k}/{context}" if regions is not None else None
+        self.regions_from = (
+            f"{detector.fingerprint}/{top_k}/{context}" if detector else f"file/{top_k}/{context}" if regions is not None else None
+        )
 
     def read(self, found: Found, prefix: str) -> Item:
         """The bytes and their hash."""
@@ -96,7 +107,11 @@ class Embedder:
             item.error = InputError(item.found.uri, f"the key {item.key!r} is taken by another picture ({payload['uri']})", "one key, one picture",
                                     "--prefix NAME/ keeps sources apart, --replace takes the new one")  # fmt: skip
             return False
-        return (payload["content_hash"], payload["caption"] or "", payload["detector"]) == (item.content_hash, item.caption, self.regions_from)
+        return (payload["content_hash"], payload["caption"] or "", payload["detector"]) == (
+            item.content_hash,
+            item.caption,
+            self.regions_from,
+        )
 
     def embed(self, items: list[Item]) -> list[Point]:
         """Decodes, finds regions, embeds. Items that fail get their `error` and no point."""

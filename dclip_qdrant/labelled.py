@@ -23,7 +23,13 @@ class Labelled:
         """Raises UsageError (nothing there) or InputError (no classes, no columns)."""
         root = UPath(path)
         if root.is_dir():
-            rows = [(str(f), d.name) for d in sorted(root.iterdir(), key=str) if d.is_dir() for f in sorted(d.iterdir(), key=str) if f.suffix.lower() in images.SUFFIXES]
+            rows = [
+                (str(f), d.name)
+                for d in sorted(root.iterdir(), key=str)
+                if d.is_dir()
+                for f in sorted(d.iterdir(), key=str)
+                if f.suffix.lower() in images.SUFFIXES
+            ]
         elif root.is_file():
             with root.open("rb") as f:
                 try:
@@ -55,6 +61,6 @@ class Labelled:
     def prompts(self) -> list[str]:
         return [PROMPT.format(n.replace("_", " ")) for n in self.names]
 
-    def load(self, i: int):  # noqa: ANN201  # PIL.Image.Image
+    def load(self, i: int):  # PIL.Image.Image
         p = self.pictures[i]
         return images.open_rgb(p if isinstance(p, bytes) else images.read(p), p if isinstance(p, str) else f"labelled picture {i}")

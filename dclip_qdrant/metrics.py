@@ -57,7 +57,7 @@ def per_picture(r: Ranks) -> dict[str, np.ndarray]:
     """Every figure as one number a picture [N] (captions of a picture averaged), so that means and bootstraps are sums over pictures."""
     n = len(r.i2t)
     count = np.maximum(np.bincount(r.owner, minlength=n), 1)
-    mean = lambda v: np.bincount(r.owner, weights=v, minlength=n) / count  # noqa: E731
+    mean = lambda v: np.bincount(r.owner, weights=v, minlength=n) / count
     best = np.array([x[0] if len(x) else np.iinfo(np.int64).max for x in r.i2t])
     out = {f"t2i.r@{k}": mean(r.t2i <= k) for k in KS} | {f"i2t.r@{k}": (best <= k).astype(float) for k in KS}
     out["t2i.mrr"] = out["t2i.map"] = mean(1.0 / r.t2i)  # one right picture a caption: average precision is the reciprocal rank
@@ -103,7 +103,7 @@ def retrieval(r: Ranks, *, bootstrap: int = 1000, seed: int = 0) -> dict[str, An
 
 def paired_difference(a: Ranks, b: Ranks, *, bootstrap: int = 2000, seed: int = 0) -> dict[str, Any]:
     """b minus a on mean R@1 of both directions, on the same pictures, with its 95% paired-bootstrap interval."""
-    score = lambda r: (lambda e: (e["t2i.r@1"] + e["i2t.r@1"]) / 2)(per_picture(r))  # noqa: E731
+    score = lambda r: (lambda e: (e["t2i.r@1"] + e["i2t.r@1"]) / 2)(per_picture(r))
     d = score(b) - score(a)
     rng = np.random.default_rng(seed)
     drawn = np.array([d[rng.integers(0, len(d), len(d))].mean() for _ in range(bootstrap)])

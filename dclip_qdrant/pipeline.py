@@ -58,13 +58,17 @@ class Prepared:
 
 
 def same_budget(recipe: Recipe, main: Recipe) -> Recipe:
-    """`recipe` with the main one's trainable set, budget and interpolation: rows are compared at equal student forward passes."""
+    """`recipe` with the main one's detector, trainable set, budget and interpolation: rows are compared at equal student forward passes."""
     raw, other = recipe.as_dict(), main.as_dict()
-    for part in ("student", "train", "keep", "regions"):
+    for part in ("student", "train", "keep"):
         raw[part] = other[part]
+    raw["regions"] |= {k: other["regions"][k] for k in ("detector", "options")}
     share = main.train.region_share
     if share and not any(o.options.get("of") == "regions" for o in recipe.objectives):
-        raw["train"] = other["train"] | {"region_share": 0.0, "epochs": round(main.train.epochs * (1 + share))}  # crops are forward passes too
+        raw["train"] = other["train"] | {
+            "region_share": 0.0,
+            "epochs": round(main.train.epochs * (1 + share)),
+        }  # crops are forward passes too
     return Recipe(**raw)
 
 
@@ -96,7 +100,17 @@ def prepare(job: Job, recipe: Recipe) -> Prepared:
                                          regions=boxes, seed=seed)  # fmt: skip
     if job.from_scratch:
         features.clear()
-    ray_stages.extract_features(features, pairs, recipe, base=job.base, student=job.student if trunk else None, regions=boxes, seed=seed, actors=job.actors, say=job.say)
+    ray_stages.extract_features(
+        features,
+        pairs,
+        recipe,
+        base=job.base,
+        student=job.student if trunk else None,
+        regions=boxes,
+        seed=seed,
+        actors=job.actors,
+        say=job.say,
+    )
     if recipe.teacher is None:
         return Prepared(features, None, None)
     run = Run(kind="teacher", root=job.stages, inputs={"features": features.path.name, "teacher": recipe.teacher.model_dump(mode="json"), "seed": seed}, recipe=recipe.as_dict(), seed=seed,
@@ -123,7 +137,9 @@ def check(job: Job) -> None:
     pairs = Pairs.open(job.pairs)
     have = pairs.splits()
     if not have.get("train"):
-        raise UsageError("--pairs", f"no train split ({', '.join(have)})", "pictures to train on", "dclip-qdrant pairs SOURCE -o DIR splits by itself")
+        raise UsageError(
+            "--pairs", f"no train split ({', '.join(have)})", "pictures to train on", "dclip-qdrant pairs SOURCE -o DIR splits by itself"
+        )
     if len(set(job.seeds)) != len(job.seeds):
         raise UsageError("--seeds", ",".join(map(str, job.seeds)), "different numbers")
     from dclip_qdrant.detectors import build
@@ -165,7 +181,13 @@ def distill(job: Job) -> dict[str, Any]:
     common = {"pairs": pairs.fingerprint, "student": student.fingerprint, "labelled": labelled, "split": split}
 
     def run(recipe: Recipe, seed: int, p: Prepared) -> Run:
-        inputs = common | {"recipe": recipe.as_dict(), "seed": seed, "features": p.features.path.name, "cache": p.cache.path.name if p.cache else None, "min_retention": job.min_retention}
+        inputs = common | {
+            "recipe": recipe.as_dict(),
+            "seed": seed,
+            "features": p.features.path.name,
+            "cache": p.cache.path.name if p.cache else None,
+            "min_retention": job.min_retention,
+        }
         return Run(kind="student", root=job.stages, inputs=inputs, recipe=recipe.as_dict(), seed=seed, base=job.base, student=job.student, pairs=job.pairs,
                    features=str(p.features.path), teacher=str(p.cache.path) if p.cache else None, labelled=job.labelled, min_retention=job.min_retention, split=split)  # fmt: skip
 
@@ -186,11 +208,26 @@ def distill(job: Job) -> dict[str, Any]:
     for recipe in recipes:
         group = [r.stage.manifest()["metrics"] for r in runs if r.recipe == recipe.as_dict()]
         if recipe != job.recipe and len(recipe.keep.wise_ft) > 1:
-            at_1 = [g["test_at_1"] | {"zero_shot": g.get("zero_shot_at_1", g.get("zero_shot")), "retention": g.get("retention_at_1")} for g in group]
+            at_1 = [
+                g["test_at_1"] | {"zero_shot": g.get("zero_shot_at_1", g.get("zero_shot")), "retention": g.get("retention_at_1")}
+                for g in group
+            ]
             rows.append(_row(recipe.name, at_1))
-            rows.append(_row(recipe.name + "+wise_ft", [g["test"] | {"zero_shot": g.get("zero_shot"), "retention": g.get("retention")} for g in group], [g["alpha"] for g in group]))
+            rows.append(
+                _row(
+                    recipe.name + "+wise_ft",
+                    [g["test"] | {"zero_shot": g.get("zero_shot"), "retention": g.get("retention")} for g in group],
+                    [g["alpha"] for g in group],
+                )
+            )
         else:
-            rows.append(_row(recipe.name, [g["test"] | {"zero_shot": g.get("zero_shot"), "retention": g.get("retention")} for g in group], [g["alpha"] for g in group]))
+            rows.append(
+                _row(
+                    recipe.name,
+                    [g["test"] | {"zero_shot": g.get("zero_shot"), "retention": g.get("retention")} for g in group],
+                    [g["alpha"] for g in group],
+                )
+            )
     chosen = next(r for r in runs if r.recipe == job.recipe.as_dict() and r.seed == job.seeds[0])
     folder = _export(job, chosen, base=student, rows=rows)
     result = {"rows": rows, "student": str(folder), "split": split, "comparisons": _comparisons(runs, start, job), "runs": {r.label: str(r.stage.path) for r in runs},
@@ -200,14 +237,21 @@ def distill(job: Job) -> dict[str, Any]:
     (UPath(job.out) / "table.md").write_text(text + "\n")
     job.say(f"\n{text}\n")
     for c in result["comparisons"]:
-        job.say(f"{c['of']} minus {c['than']}, mean R@1 over both directions and all seeds: {c['difference'] * 100:+.1f} points, 95% [{c['ci'][0] * 100:+.1f}, {c['ci'][1] * 100:+.1f}]")
+        job.say(
+            f"{c['of']} minus {c['than']}, mean R@1 over both directions and all seeds: {c['difference'] * 100:+.1f} points, 95% [{c['ci'][0] * 100:+.1f}, {c['ci'][1] * 100:+.1f}]"
+        )
     kept = rows[-1].get("retention")
     if kept is None:
         job.say("retention was not measured: give labelled pictures with --labelled")
     job.say(f"student: {folder}")
     final = chosen.stage.manifest()["metrics"].get("retention")
     if final is not None and final < job.min_retention:
-        raise GateError("retention", f"{final:.3f}", f"at least {job.min_retention:.3f}", f"the student is kept in {folder}; lower train.lr, or add smaller alphas to keep.wise_ft")
+        raise GateError(
+            "retention",
+            f"{final:.3f}",
+            f"at least {job.min_retention:.3f}",
+            f"the student is kept in {folder}; lower train.lr, or add smaller alphas to keep.wise_ft",
+        )
     return result
 
 
@@ -260,7 +304,14 @@ def _comparisons(runs: list[Any], start: Any, job: Job) -> list[dict[str, Any]]:
     for name, theirs in rivals:
         d = mine - theirs
         drawn = [d[rng.integers(0, len(d), len(d))].mean() for _ in range(2000)]
-        out.append({"of": job.recipe.name, "than": name, "difference": float(d.mean()), "ci": [float(v) for v in np.percentile(drawn, [2.5, 97.5])]})
+        out.append(
+            {
+                "of": job.recipe.name,
+                "than": name,
+                "difference": float(d.mean()),
+                "ci": [float(v) for v in np.percentile(drawn, [2.5, 97.5])],
+            }
+        )
     return out
 
 
@@ -275,16 +326,27 @@ def _export(job: Job, chosen: Any, *, base: Any, rows: list[dict[str, Any]]) -> 
     out = Path(job.out)
     base_folder = out / "base"
     if not (base_folder / "manifest.json").exists() or job.from_scratch:
-        export(two_tower.load(job.student), base_folder, name="base", metrics={}, recipe={"name": "base"}, card="The model that the student started from, unchanged.\n")
+        export(
+            two_tower.load(job.student),
+            base_folder,
+            name="base",
+            metrics={},
+            recipe={"name": "base"},
+            card="The model that the student started from, unchanged.\n",
+        )
     marker = out / "student" / "run.txt"
     if marker.exists() and marker.read_text() == chosen.stage.path.name and not job.from_scratch:
         job.say("export: reused")
         return out / "student"
     model = two_tower.load(job.student)
     model.load_weights(safetensors.torch.load((chosen.stage.path / "weights.safetensors").read_bytes()))
-    figures = chosen.stage.manifest()["metrics"] | {"base_student": {"folder": "../base", "fingerprint": Student.load(base_folder).fingerprint}}
+    figures = chosen.stage.manifest()["metrics"] | {
+        "base_student": {"folder": "../base", "fingerprint": Student.load(base_folder).fingerprint}
+    }
     name = job.name or job.recipe.name
-    folder = export(model, out / "student", name=name, metrics=figures, recipe=chosen.recipe, card="## Figures\n\n" + evaluation.table(rows) + "\n\n")
+    folder = export(
+        model, out / "student", name=name, metrics=figures, recipe=chosen.recipe, card="## Figures\n\n" + evaluation.table(rows) + "\n\n"
+    )
     (folder / "run.txt").write_text(chosen.stage.path.name)
     job.say(f"export: {Student.load(folder).model_name}, agrees with torch")
     return folder

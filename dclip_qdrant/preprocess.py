@@ -7,7 +7,12 @@ from PIL import Image
 
 from dclip_qdrant.errors import StudentError
 
-_FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR, "lanczos": Image.Resampling.LANCZOS, "nearest": Image.Resampling.NEAREST}
+_FILTERS = {
+    "bicubic": Image.Resampling.BICUBIC,
+    "bilinear": Image.Resampling.BILINEAR,
+    "lanczos": Image.Resampling.LANCZOS,
+    "nearest": Image.Resampling.NEAREST,
+}
 _HF_RESAMPLE = {"bicubic": 3, "bilinear": 2, "lanczos": 1, "nearest": 0}  # the numbers of Hugging Face's image processors
 
 
@@ -58,7 +63,7 @@ class Preprocess:
         if self.resize_mode == "shortest":  # torchvision's Resize(int) + CenterCrop
             w, h = (s, int(s * h / w)) if w <= h else (int(s * w / h), s)
             image = image if image.size == (w, h) else image.resize((w, h), how)
-            left, top = int(round((w - s) / 2.0)), int(round((h - s) / 2.0))
+            left, top = round((w - s) / 2.0), round((h - s) / 2.0)
             return np.asarray(image.crop((left, top, left + s, top + s)))
         scale = s / max(w, h)  # longest: pad what is missing
         w, h = round(w * scale), round(h * scale)

@@ -10,7 +10,7 @@ from dclip_qdrant.stages import parts
 COLOURS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9a6324", "#000075")
 
 
-def draw(image, regions: Regions):  # noqa: ANN001, ANN201  # PIL.Image.Image
+def draw(image, regions: Regions):  # PIL.Image.Image
     """A copy of the picture, at least 400 pixels wide, with boxes and labels."""
     from PIL import ImageDraw
 

@@ -22,20 +22,46 @@ FILES = ("parquet", "tar")  # kinds that hold their pictures: read on the worker
 
 
 def _row(f: Found) -> dict[str, Any]:
-    return {"key": f.key, "uri": f.uri, "captions": list(f.captions), "image": f.image, "split": f.split or "", "extra": json.dumps(f.extra)}
+    return {
+        "key": f.key,
+        "uri": f.uri,
+        "captions": list(f.captions),
+        "image": f.image,
+        "split": f.split or "",
+        "extra": json.dumps(f.extra),
+    }
 
 
 def _found(row: dict[str, Any]) -> Found:
-    return Found(row["key"], row["uri"], list(row["captions"]), image=row["image"], split=row["split"] or None, extra=json.loads(row["extra"]))
+    return Found(
+        row["key"], row["uri"], list(row["captions"]), image=row["image"], split=row["split"] or None, extra=json.loads(row["extra"])
+    )
 
 
 class Embed:
     """Actor: pictures in, rows of the embeddings contract out; what is there already is not decoded."""
 
-    def __init__(self, student: str, detector: tuple[str, dict[str, Any]] | None, regions: dict | None, top_k: int, store: dict[str, Any], known: Any, prefix: str, replace: bool, threads: int) -> None:
+    def __init__(
+        self,
+        student: str,
+        detector: tuple[str, dict[str, Any]] | None,
+        regions: dict | None,
+        top_k: int,
+        store: dict[str, Any],
+        known: Any,
+        prefix: str,
+        replace: bool,
+        threads: int,
+    ) -> None:
         from dclip_qdrant.detectors import build
 
-        self.embedder = Embedder(Student.load(student, threads=threads), detector=build(*detector) if detector else None, regions=regions, top_k=top_k, threads=max(2, threads))
+        self.embedder = Embedder(
+            Student.load(student, threads=threads),
+            detector=build(*detector) if detector else None,
+            regions=regions,
+            top_k=top_k,
+            threads=max(2, threads),
+        )
         self.prefix, self.replace = prefix, replace
         self.known = ray.get(known) if known is not None else None
         self.store = open_store(**store) if known is None else None
@@ -103,8 +129,20 @@ class _List(Rejects):
 
 
 def ingest(
-    source: str, student: str, store: dict[str, Any], *, detector: tuple[str, dict[str, Any]] | None = None, regions: dict | None = None, top_k: int = 4, spec: CollectionSpec | None = None,
-    images_root: str | None = None, prefix: str = "", replace: bool = False, rejects: str | None = None, actors: int | None = None, say: Callable[[str], None] = print,
+    source: str,
+    student: str,
+    store: dict[str, Any],
+    *,
+    detector: tuple[str, dict[str, Any]] | None = None,
+    regions: dict | None = None,
+    top_k: int = 4,
+    spec: CollectionSpec | None = None,
+    images_root: str | None = None,
+    prefix: str = "",
+    replace: bool = False,
+    rejects: str | None = None,
+    actors: int | None = None,
+    say: Callable[[str], None] = print,
 ) -> Report:
     """The cluster's `ingest.ingest`; `store` holds open_store's arguments. An embedded collection is written by one task (one process may open it)."""
     kind, found = read_any(source, images=images_root, captions=False)
@@ -129,11 +167,31 @@ def ingest(
     else:
         ds = ray.data.from_items([_row(f) for f in found])
     size = pool_size(actors)
-    kwargs = {"student": student, "detector": detector, "regions": regions, "top_k": top_k, "store": store, "known": known, "prefix": prefix, "replace": replace, "threads": threads_for(size)}
-    ds = ds.map_batches(Embed, fn_constructor_kwargs=kwargs, batch_format="pyarrow", batch_size=64, num_cpus=1, num_gpus=1 if gpus() else None, compute=ray.data.ActorPoolStrategy(size=size))
+    kwargs = {
+        "student": student,
+        "detector": detector,
+        "regions": regions,
+        "top_k": top_k,
+        "store": store,
+        "known": known,
+        "prefix": prefix,
+        "replace": replace,
+        "threads": threads_for(size),
+    }
+    ds = ds.map_batches(
+        Embed,
+        fn_constructor_kwargs=kwargs,
+        batch_format="pyarrow",
+        batch_size=64,
+        num_cpus=1,
+        num_gpus=1 if gpus() else None,
+        compute=ray.data.ActorPoolStrategy(size=size),
+    )
     sink = CollectionSink(store)
     ds.write_datasink(sink, concurrency=1 if store.get("edge") else None)
-    report = Report(sum(r["seen"] for r in sink.returns), sum(r["embedded"] for r in sink.returns), sum(r["unchanged"] for r in sink.returns))
+    report = Report(
+        sum(r["seen"] for r in sink.returns), sum(r["embedded"] for r in sink.returns), sum(r["unchanged"] for r in sink.returns)
+    )
     with Rejects(rejects) as bin_:
         for r in sink.returns:
             for row in r["rejected"]:

@@ -22,7 +22,7 @@ from dclip_qdrant.stages import Stage, parts, write_part
 Say = Callable[[str], None]
 
 
-def _pool(threads: int):  # noqa: ANN202
+def _pool(threads: int):
     from concurrent.futures import ThreadPoolExecutor
 
     import torch
@@ -45,7 +45,11 @@ class Detect:
         rows = table.to_pylist()
         pictures = list(self.pool.map(load_image, rows))
         found = self.detector(pictures)
-        write_part(self.out, contracts.REGIONS, [{"key": r["key"], "width": p.width, "height": p.height, **f.row()} for r, p, f in zip(rows, pictures, found, strict=True)])
+        write_part(
+            self.out,
+            contracts.REGIONS,
+            [{"key": r["key"], "width": p.width, "height": p.height, **f.row()} for r, p, f in zip(rows, pictures, found, strict=True)],
+        )
         return pa.table({"done": [len(rows)]})
 
 
@@ -73,7 +77,9 @@ def extract_regions(root: str, pairs: Pairs, recipe: Recipe, *, actors: int | No
               actors=actors, batch=32, say=lambda line: say(f"regions: {line}"), columns=["key", "uri", "image"])  # fmt: skip
     counts = [n for t in parts(stage.path, contracts.REGIONS, ["labels"]) for n in pc.list_value_length(t["labels"]).to_pylist()]
     facts = stage.finish(pictures=len(counts), boxes=int(sum(counts)), without=int(sum(n == 0 for n in counts)))
-    say(f"regions: {facts['boxes']:,} boxes, {facts['boxes'] / max(1, len(counts)):.1f} a picture, {facts['without']:,} pictures without any (that is fine)")
+    say(
+        f"regions: {facts['boxes']:,} boxes, {facts['boxes'] / max(1, len(counts)):.1f} a picture, {facts['without']:,} pictures without any (that is fine)"
+    )
     return stage
 
 
@@ -92,7 +98,9 @@ def load_regions(stage: Stage | UPath) -> dict[str, Regions]:
 class Featurise:
     """Actor: what the frozen base sees in each view and each region; the student's trunk features where its trunk is frozen."""
 
-    def __init__(self, base: str, student: str | None, recipe: dict[str, Any], regions: str | None, seed: int, out: str, threads: int) -> None:
+    def __init__(
+        self, base: str, student: str | None, recipe: dict[str, Any], regions: str | None, seed: int, out: str, threads: int
+    ) -> None:
         self.pool = _pool(threads)
         import torch
 
@@ -130,7 +138,9 @@ class Featurise:
         write_part(self.out, contracts.FEATURES, out)
         return pa.table({"done": [len(rows)]})
 
-    def _prepare(self, row: dict[str, Any]) -> tuple[list[np.ndarray], list[np.ndarray], list[tuple[tuple[float, ...], bool]], list[tuple[float, ...]]]:
+    def _prepare(
+        self, row: dict[str, Any]
+    ) -> tuple[list[np.ndarray], list[np.ndarray], list[tuple[tuple[float, ...], bool]], list[tuple[float, ...]]]:
         """Pixels of each view, pixels of each region, what the views are, what the crops are."""
         import hashlib
 
@@ -150,7 +160,7 @@ class Featurise:
             cuts = [(a / image.width, b / image.height, c / image.width, d / image.height) for a, b, c, d in pixels]
         return views, crops, boxes, cuts
 
-    def _tensor(self, pixels: np.ndarray, preprocess: Any):  # noqa: ANN202
+    def _tensor(self, pixels: np.ndarray, preprocess: Any):
         import torch
 
         return torch.from_numpy(preprocess.normalise(pixels)).to(self.device)
@@ -179,7 +189,19 @@ class Featurise:
         return encode_texts(self.base, captions, self.device)
 
 
-def features_stage(root: str, pairs: Pairs, recipe: Recipe, *, base: str, base_print: str, student: str, student_print: str, trunk: bool, regions: Stage | None, seed: int) -> Stage:
+def features_stage(
+    root: str,
+    pairs: Pairs,
+    recipe: Recipe,
+    *,
+    base: str,
+    base_print: str,
+    student: str,
+    student_print: str,
+    trunk: bool,
+    regions: Stage | None,
+    seed: int,
+) -> Stage:
     t = recipe.teacher
     inputs = {
         "contract": contracts.FEATURES.version, "pairs": pairs.fingerprint, "base": base_print, "student": student_print if trunk else None, "regions": regions.path.name if regions else None,
@@ -190,13 +212,33 @@ def features_stage(root: str, pairs: Pairs, recipe: Recipe, *, base: str, base_p
     return Stage(root, "features", inputs)
 
 
-def extract_features(stage: Stage, pairs: Pairs, recipe: Recipe, *, base: str, student: str | None, regions: Stage | None, seed: int, actors: int | None, say: Say) -> None:
+def extract_features(
+    stage: Stage,
+    pairs: Pairs,
+    recipe: Recipe,
+    *,
+    base: str,
+    student: str | None,
+    regions: Stage | None,
+    seed: int,
+    actors: int | None,
+    say: Say,
+) -> None:
     """The features stage; resumes. `student`: whose frozen trunk is cached, or None."""
     if stage.done:
         say(f"features: reused {stage.path.name}")
         return
     kwargs = {"base": base, "student": student, "recipe": recipe.as_dict(), "regions": str(regions.path) if regions else None, "seed": seed}
-    map_pairs(pairs, Featurise, kwargs, out=stage.path, contract=contracts.FEATURES, actors=actors, batch=32, say=lambda line: say(f"features: {line}"))
+    map_pairs(
+        pairs,
+        Featurise,
+        kwargs,
+        out=stage.path,
+        contract=contracts.FEATURES,
+        actors=actors,
+        batch=32,
+        say=lambda line: say(f"features: {line}"),
+    )
     count = sum(t.num_rows for t in parts(stage.path, contracts.FEATURES, ["key"]))
     stage.finish(rows=count)
     say(f"features: {count:,} views")
@@ -298,7 +340,11 @@ def teacher_cache(stage: Stage, features: Stage, *, base: str, teacher: UPath, a
             counts = []
             for name in batch["file"]:
                 with UPath(str(name)).open("rb") as f:
-                    counts.append(self.write(pq.read_table(f, columns=["key", "view", "crop", "flip", "split", "captions", "image", "trunk", "regions"])))
+                    counts.append(
+                        self.write(
+                            pq.read_table(f, columns=["key", "view", "crop", "flip", "split", "captions", "image", "trunk", "regions"])
+                        )
+                    )
                 (self.out / (UPath(str(name)).name + ".done")).write_bytes(b"")
             return {"done": np.array(counts)}
 

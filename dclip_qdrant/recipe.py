@@ -36,14 +36,20 @@ class Regions(_Part):
 class Teacher(_Part):
     """The region teacher (papers.md 1.1 and 6.2)."""
 
-    fusion: Literal["bidirectional", "regions_only"] = Field("bidirectional", description="text and regions attend to each other, or regions alone (no caption inside)")
+    fusion: Literal["bidirectional", "regions_only"] = Field(
+        "bidirectional", description="text and regions attend to each other, or regions alone (no caption inside)"
+    )
     spans: Literal["tokens", "phrases"] = "tokens"
-    caption: Literal["same", "other"] = Field("other", description="`same` fuses the very caption that is the target (as released: it can be copied); `other` fuses another one")
+    caption: Literal["same", "other"] = Field(
+        "other", description="`same` fuses the very caption that is the target (as released: it can be copied); `other` fuses another one"
+    )
     heads: Positive = 8
     mask_padding: bool = Field(True, description="false: padded rows take part in attention and pooling, as released")
     normalise_crops: bool = Field(True, description="false: crops are squashed and only scaled to 0..1, as released")
     include_global: bool = Field(True, description="the whole picture is a region token too")
-    gate: float | Literal["none"] = Field(0.1, description="e = n(image + gate x fused), the start of a learned gate; none: the fused embedding alone, as released")
+    gate: float | Literal["none"] = Field(
+        0.1, description="e = n(image + gate x fused), the start of a learned gate; none: the fused embedding alone, as released"
+    )
     pool_temperature: float = Field(2.0, gt=0)
     temperature: float = Field(0.05, gt=0, description="of the teacher's InfoNCE")
     epochs: Positive = 10
@@ -80,8 +86,13 @@ class Train(_Part):
     batch_size: Positive = Field(256, description="global: what InfoNCE sees, over all workers")
     chunk_size: Positive = Field(64, description="pictures a forward pass; a larger batch is gradient-cached (same gradient, less memory)")
     captions: Positive = Field(1, description="captions drawn for each picture in a step")
-    region_share: Fraction = Field(0.0, description="crops drawn beside the pictures, as a part of the batch, for objectives of regions; rivals get as many more epochs")
-    views: Positive = Field(1, description="stored augmentations of each picture (teacher and student see the same); 1 is the plain picture alone")
+    region_share: Fraction = Field(
+        0.0,
+        description="crops drawn beside the pictures, as a part of the batch, for objectives of regions; rivals get as many more epochs",
+    )
+    views: Positive = Field(
+        1, description="stored augmentations of each picture (teacher and student see the same); 1 is the plain picture alone"
+    )
     crop_scale: Fraction = Field(0.7, description="smallest area of an augmented view")
     flip: bool = Field(False, description="mirror half of the views; off, because captions say left and right")
     lr: float = Field(1e-5, gt=0)
@@ -99,7 +110,9 @@ class Keep(_Part):
 
     l2_sp: Weight = Field(0.0, description="pull towards the starting weights (L2-SP, Li et al. 2018)")
     ema: Fraction = Field(0.0, description="decay of the averaged weights; 0 is off")
-    wise_ft: tuple[Fraction, ...] = Field((1.0,), min_length=1, description="alphas tried on validation (WiSE-FT, Wortsman et al. 2022); 1 is the student as trained")
+    wise_ft: tuple[Fraction, ...] = Field(
+        (1.0,), min_length=1, description="alphas tried on validation (WiSE-FT, Wortsman et al. 2022); 1 is the student as trained"
+    )
 
 
 class Recipe(_Part):

@@ -45,9 +45,15 @@ class Regions:
 
     def row(self) -> dict:
         """The columns of the regions contract."""
-        return {"boxes": self.boxes.astype(np.float32).tolist(), "scores": self.scores.astype(np.float32).tolist(), "labels": list(self.labels)}
+        return {
+            "boxes": self.boxes.astype(np.float32).tolist(),
+            "scores": self.scores.astype(np.float32).tolist(),
+            "labels": list(self.labels),
+        }
 
     @classmethod
     def of_row(cls, row: dict) -> "Regions":
         n = len(row["labels"])
-        return cls(np.asarray(row["boxes"], np.float32).reshape(n, 4), np.asarray(row["scores"], np.float32).reshape(n), tuple(row["labels"]))
+        return cls(
+            np.asarray(row["boxes"], np.float32).reshape(n, 4), np.asarray(row["scores"], np.float32).reshape(n), tuple(row["labels"])
+        )

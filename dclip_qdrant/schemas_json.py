@@ -21,7 +21,11 @@ def generated() -> dict[str, Any]:
         },
     }  # fmt: skip
     out = {f"{c.name}.json": c.describe() for c in contracts.ALL}
-    return out | {"recipe.schema.json": Recipe.model_json_schema(), "student.schema.json": student, "evaluation.json": {"about": "dclip-qdrant evaluate --format json", "keys": evaluation.KEYS}}
+    return out | {
+        "recipe.schema.json": Recipe.model_json_schema(),
+        "student.schema.json": student,
+        "evaluation.json": {"about": "dclip-qdrant evaluate --format json", "keys": evaluation.KEYS},
+    }
 
 
 def text(content: Any) -> str:

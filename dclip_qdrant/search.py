@@ -34,7 +34,9 @@ class Found:
 
     def row(self) -> dict[str, Any]:
         """For JSON: what a caller can't look up without the collection."""
-        out = {"id": self.id, "score": self.score} | {k: self.payload.get(k) for k in ("key", "uri", "caption", "labels", "width", "height")}
+        out = {"id": self.id, "score": self.score} | {
+            k: self.payload.get(k) for k in ("key", "uri", "caption", "labels", "width", "height")
+        }
         return out | ({"region": {"box": self.box, "label": self.label}} if self.region is not None else {})
 
 

@@ -3,7 +3,9 @@
 import re
 
 # Words that join things rather than name them: a caption is cut at them. English; another language falls back to commas.
-_JOINTS = r"(?:and|with|in|on|at|by|of|from|to|near|next|beside|behind|under|over|above|below|left|right|while|who|that|is|are|has|have|the|one)"
+_JOINTS = (
+    r"(?:and|with|in|on|at|by|of|from|to|near|next|beside|behind|under|over|above|below|left|right|while|who|that|is|are|has|have|the|one)"
+)
 _CUT = re.compile(rf"(?:[,.;:!?]|\b{_JOINTS}\b)+", re.IGNORECASE)
 
 

@@ -75,9 +75,17 @@ class Student:
         options.intra_op_num_threads = threads or os.cpu_count() or 1
         options.log_severity_level = 3
         providers = [p for p in ("CUDAExecutionProvider", "CPUExecutionProvider") if p in ort.get_available_providers()]
-        self._image, self._text = (ort.InferenceSession(str(self.folder / f), options, providers=providers) for f in ("image.onnx", "text.onnx"))
+        self._image, self._text = (
+            ort.InferenceSession(str(self.folder / f), options, providers=providers) for f in ("image.onnx", "text.onnx")
+        )
         text = self.manifest["text"]
-        self._tokenizer = Tokenizer(self.folder, clean=text["clean"], context_length=self.manifest["context_length"], pad_id=text["pad_id"], pad_to_full=text["pad_to_full"])
+        self._tokenizer = Tokenizer(
+            self.folder,
+            clean=text["clean"],
+            context_length=self.manifest["context_length"],
+            pad_id=text["pad_id"],
+            pad_to_full=text["pad_to_full"],
+        )
 
     # --- who it is
 
@@ -107,7 +115,10 @@ class Student:
         """N texts -> unit vectors [N, D] float32."""
         if isinstance(texts, str):
             raise TypeError("embed_texts takes a list of texts, not one string")
-        out = [self._text.run(None, {"input_ids": np.array(self.tokens(texts[i : i + batch]), np.int64)})[0] for i in range(0, len(texts), batch)]
+        out = [
+            self._text.run(None, {"input_ids": np.array(self.tokens(texts[i : i + batch]), np.int64)})[0]
+            for i in range(0, len(texts), batch)
+        ]
         return normalise(np.concatenate(out)) if out else np.zeros((0, self.dim), np.float32)
 
     def embed_images(self, images: Sequence[Image.Image], *, batch: int = 32) -> np.ndarray:

@@ -51,8 +51,12 @@ def write_tokenizer(model: Any, folder: Path) -> dict[str, Any]:
         inner.backend_tokenizer.save(str(folder / "tokenizer.json"))
         clean, pad_id, pad = "basic", inner.pad_token_id or 0, inner.pad_token
     else:
-        raise StudentError(model.name, f"a tokenizer of type {type(tokenizer).__name__}", "open_clip's SimpleTokenizer or a fast Hugging Face tokenizer")
-    (folder / "tokenizer_config.json").write_text(json.dumps({"model_max_length": model.context_length, "pad_token": pad, "tokenizer_class": "CLIPTokenizer"}, indent=1) + "\n")
+        raise StudentError(
+            model.name, f"a tokenizer of type {type(tokenizer).__name__}", "open_clip's SimpleTokenizer or a fast Hugging Face tokenizer"
+        )
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"model_max_length": model.context_length, "pad_token": pad, "tokenizer_class": "CLIPTokenizer"}, indent=1) + "\n"
+    )
     return {"clean": clean, "pad_id": pad_id, "pad_to_full": not model.dynamic_text}
 
 
@@ -63,12 +67,23 @@ def _clip_bpe(simple: Any) -> Any:
     merges = [tuple(pair) for pair in simple.bpe_ranks]
     names = {v: k for k, v in simple.encoder.items()}
     sot, eot = simple.sot_token_id, simple.eot_token_id
-    fast = Tokenizer(models.BPE(vocab=dict(simple.encoder), merges=merges, continuing_subword_prefix="", end_of_word_suffix="</w>", unk_token=names[eot], fuse_unk=False))
+    fast = Tokenizer(
+        models.BPE(
+            vocab=dict(simple.encoder),
+            merges=merges,
+            continuing_subword_prefix="",
+            end_of_word_suffix="</w>",
+            unk_token=names[eot],
+            fuse_unk=False,
+        )
+    )
     fast.normalizer = normalizers.Sequence([normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip(), normalizers.Lowercase()])
     words = Regex(r"<start_of_text>|<end_of_text>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")  # CLIP's pattern
     fast.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Split(words, behavior="removed", invert=True), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
     ])  # fmt: skip
-    fast.post_processor = processors.TemplateProcessing(single=f"{names[sot]} $A {names[eot]}", special_tokens=[(names[sot], sot), (names[eot], eot)])
+    fast.post_processor = processors.TemplateProcessing(
+        single=f"{names[sot]} $A {names[eot]}", special_tokens=[(names[sot], sot), (names[eot], eot)]
+    )
     fast.decoder = decoders.ByteLevel()
     return fast

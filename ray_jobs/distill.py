@@ -18,9 +18,13 @@ from dclip_qdrant.recipe import Recipe
 @click.option("--base", required=True, help="The CLIP to start from: ViT-B-32/openai, hf-hub:ORG/NAME, or a local folder.")
 @click.option("--out", required=True, help="Where stages and the student go.")
 @click.option("--recipe", default="dclip", show_default=True, help="A recipe's name or a .toml file.")
-@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change the recipe, e.g. --set train.epochs=4 --set student.text=full.")
+@click.option(
+    "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change the recipe, e.g. --set train.epochs=4 --set student.text=full."
+)
 @click.option("--weights", help="The detector's weights (short for --set regions.options.weights=...).")
-@click.option("--compare", multiple=True, default=("sft",), show_default=True, help="Recipes to put beside it, at the same trainable set and budget.")
+@click.option(
+    "--compare", multiple=True, default=("sft",), show_default=True, help="Recipes to put beside it, at the same trainable set and budget."
+)
 @click.option("--no-compare", is_flag=True, help="Train the recipe alone.")
 @click.option("--seeds", default="0", show_default=True, help="Comma-separated; the first one's student is exported.")
 @click.option("--workers", default=1, show_default=True, help="Ray Train workers.")
@@ -29,7 +33,9 @@ from dclip_qdrant.recipe import Recipe
 @click.option("--min-retention", default=1.0, show_default=True, help="Below it the student isn't called good (exit code 3).")
 @click.option("--name", help="The student's name; default: the recipe's.")
 @click.option("--from-scratch", is_flag=True, help="Redo every stage.")
-def main(pairs, base, out, recipe, settings, weights, compare, no_compare, seeds, workers, actors, labelled, min_retention, name, from_scratch):
+def main(
+    pairs, base, out, recipe, settings, weights, compare, no_compare, seeds, workers, actors, labelled, min_retention, name, from_scratch
+):
     if weights:
         settings = (*settings, f'regions.options.weights="{cluster.absolute(weights, "--weights")}"')
     if base.startswith(".") or "\\" in base:

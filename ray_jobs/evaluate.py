@@ -1,6 +1,6 @@
 """`dclip-qdrant evaluate` as a Ray job: the same figures of a student folder, computed where the data is.
 
-    ray job submit --working-dir . -- python ray_jobs/evaluate.py --student /data/run/student --pairs /data/pairs --format json
+ray job submit --working-dir . -- python ray_jobs/evaluate.py --student /data/run/student --pairs /data/pairs --format json
 """
 
 import sys

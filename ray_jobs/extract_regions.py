@@ -31,7 +31,15 @@ def main(pairs, out, recipe, detector, weights, settings, actors, preview, from_
         settings = (f"regions.detector={detector}", "regions.options={}", *settings)
     if weights:
         settings = (*settings, f'regions.options.weights="{cluster.absolute(weights, "--weights")}"')
-    job = Job(pairs=pairs, base="", out=out, recipe=Recipe.load(recipe, settings), actors=actors, from_scratch=from_scratch, say=lambda line: print(line, flush=True))
+    job = Job(
+        pairs=pairs,
+        base="",
+        out=out,
+        recipe=Recipe.load(recipe, settings),
+        actors=actors,
+        from_scratch=from_scratch,
+        say=lambda line: print(line, flush=True),
+    )
     cluster.connect()
     stage = regions(job)
     if preview:

@@ -1,6 +1,6 @@
 """Fine-tunes the region teacher of a recipe on Ray Train (regions and features first, where they are missing).
 
-    ray job submit --working-dir . -- python ray_jobs/finetune_teacher.py --pairs /data/pairs --base ViT-B-32/openai --out /data/run
+ray job submit --working-dir . -- python ray_jobs/finetune_teacher.py --pairs /data/pairs --base ViT-B-32/openai --out /data/run
 """
 
 import json

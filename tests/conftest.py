@@ -71,7 +71,9 @@ def student_folder(tiny_base, tmp_path_factory) -> Path:
     from dclip_qdrant.export import export
     from dclip_qdrant.models import two_tower
 
-    return export(two_tower.load(str(tiny_base)), tmp_path_factory.mktemp("student") / "tiny", name="tiny", metrics={}, recipe={"name": "tiny"})
+    return export(
+        two_tower.load(str(tiny_base)), tmp_path_factory.mktemp("student") / "tiny", name="tiny", metrics={}, recipe={"name": "tiny"}
+    )
 
 
 @pytest.fixture

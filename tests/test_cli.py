@@ -13,7 +13,13 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def run(*args, cwd=None, env=None):
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("DCLIP_", "QDRANT_", "COLLECTION_"))}
-    return subprocess.run([sys.executable, "-m", "dclip_qdrant.cli", *map(str, args)], capture_output=True, text=True, cwd=cwd, env={**clean, "PYTHONPATH": str(ROOT), **(env or {})})
+    return subprocess.run(
+        [sys.executable, "-m", "dclip_qdrant.cli", *map(str, args)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env={**clean, "PYTHONPATH": str(ROOT), **(env or {})},
+    )
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +81,19 @@ def test_rejects_give_exit_code_3_and_the_list(student_folder, scenes_folder, tm
 
 @pytest.mark.slow
 def test_evaluate_json(student_folder, pairs_folder, labelled_folder):
-    done = run("evaluate", "--student", student_folder, "--pairs", pairs_folder, "--labelled", labelled_folder, "--format", "json", "--bootstrap", "20")
+    done = run(
+        "evaluate",
+        "--student",
+        student_folder,
+        "--pairs",
+        pairs_folder,
+        "--labelled",
+        labelled_folder,
+        "--format",
+        "json",
+        "--bootstrap",
+        "20",
+    )
     out = json.loads(done.stdout)
     assert {"t2i", "i2t", "mrr", "map", "zero_shot", "retention", "n_images"} <= set(out)
     assert {"r@1", "r@5", "r@10"} <= set(out["t2i"])
@@ -111,7 +129,20 @@ def test_mistakes_get_one_clear_line_and_the_right_code(args, code, says, tmp_pa
 
 @pytest.mark.slow
 def test_missing_detector_weights_and_collection_are_named(work, student_folder, scenes_folder):
-    done = run("ingest", scenes_folder, "--student", student_folder, "--collection", "d", "--edge", work / "edge", "--detector", "yolo", "--weights", "/no/such.pt")
+    done = run(
+        "ingest",
+        scenes_folder,
+        "--student",
+        student_folder,
+        "--collection",
+        "d",
+        "--edge",
+        work / "edge",
+        "--detector",
+        "yolo",
+        "--weights",
+        "/no/such.pt",
+    )
     assert (done.returncode, "no file /no/such.pt" in done.stderr) == (2, True)
     done = run("search", "x", "--student", student_folder, "--collection", "nope", "--edge", work / "edge")
     assert (done.returncode, "expected one of c" in done.stderr) == (1, True)
@@ -151,7 +182,9 @@ sys.meta_path.insert(0, Block())
     code = "import dclip_qdrant.front as f, dclip_qdrant.detectors as d; f.run(lambda standalone_mode: d.build('yolo', {}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **env})
     assert done.returncode == 1
-    assert done.stderr.strip() == "error: the yolo detector: the package 'ultralytics' is not installed -> pip install \"dclip-qdrant[train]\""
+    assert (
+        done.stderr.strip() == "error: the yolo detector: the package 'ultralytics' is not installed -> pip install \"dclip-qdrant[train]\""
+    )
 
 
 def test_version_shows_the_stack():

@@ -46,16 +46,30 @@ def test_objectives_know_torch_and_encoded_alone():
 
 
 def test_the_loop_knows_no_ray_and_ray_stays_in_its_files():
-    users = {f.name for f in PACKAGE.rglob("*.py") if any(line.split()[1].split(".")[0] == "ray" for line in f.read_text().splitlines() if line.strip().startswith(("import ray", "from ray")))}
+    users = {
+        f.name
+        for f in PACKAGE.rglob("*.py")
+        if any(
+            line.split()[1].split(".")[0] == "ray"
+            for line in f.read_text().splitlines()
+            if line.strip().startswith(("import ray", "from ray"))
+        )
+    }
     assert users == {"cluster.py", "ray_stages.py", "ray_train.py", "ray_ingest.py"}
 
 
 def test_only_one_file_touches_ultralytics():
-    assert [f.name for f in PACKAGE.rglob("*.py") if "from ultralytics" in f.read_text() or "import ultralytics" in f.read_text()] == ["yolo.py"]
+    assert [f.name for f in PACKAGE.rglob("*.py") if "from ultralytics" in f.read_text() or "import ultralytics" in f.read_text()] == [
+        "yolo.py"
+    ]
 
 
 def loaded(code: str) -> set[str]:
-    done = subprocess.run([sys.executable, "-c", code + "\nimport sys, json; print(json.dumps(sorted({m.split('.')[0] for m in sys.modules})))"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code + "\nimport sys, json; print(json.dumps(sorted({m.split('.')[0] for m in sys.modules})))"],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     return set(json.loads(done.stdout.splitlines()[-1]))
 
@@ -85,7 +99,16 @@ store.close()"""
 def test_public_names_exist():
     import dclip_qdrant
 
-    assert sorted(dclip_qdrant.__all__) == ["CollectionSpec", "DclipError", "Pairs", "Recipe", "Regions", "Student", "__version__", "open_store"]
+    assert sorted(dclip_qdrant.__all__) == [
+        "CollectionSpec",
+        "DclipError",
+        "Pairs",
+        "Recipe",
+        "Regions",
+        "Student",
+        "__version__",
+        "open_store",
+    ]
     for name in dclip_qdrant.__all__:
         assert getattr(dclip_qdrant, name) is not None
     with pytest.raises(AttributeError, match="nonsense"):

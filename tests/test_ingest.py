@@ -45,7 +45,14 @@ def test_what_is_stored_is_what_the_student_says(student, scenes_folder, tmp_pat
     np.testing.assert_allclose(found[1], student.embed_images([image])[0], atol=1e-4)
     np.testing.assert_allclose(found[2], student.embed_regions(image, Grid(1, 2, 0.0)([image])[0]), atol=1e-4)
     p = found[0]
-    assert (p["key"], p["content_hash"], p["width"], p["height"], p["split"], p["student"]) == (key, images.content_hash(data), 128, 128, "test", student.model_name)
+    assert (p["key"], p["content_hash"], p["width"], p["height"], p["split"], p["student"]) == (
+        key,
+        images.content_hash(data),
+        128,
+        128,
+        "test",
+        student.model_name,
+    )
     assert len(p["caption"].split("\n")) == 5
     assert p["labels"] == ["tile", "tile"]
     assert p["boxes"] == [[0.0, 0.0, 64.0, 128.0], [64.0, 0.0, 128.0, 128.0]]
@@ -154,10 +161,13 @@ def test_a_poison_point_is_isolated(student, scenes_folder, tmp_path):
 def test_parquet_of_pictures(student, tmp_path):
     import pyarrow as pa
     import pyarrow.parquet as pq
-
     import scenes
 
-    rows = {"id": [f"p{i}" for i in range(5)], "image": [scenes.jpeg(scenes.scene(i).image) for i in range(5)], "price": [i * 1.5 for i in range(5)]}
+    rows = {
+        "id": [f"p{i}" for i in range(5)],
+        "image": [scenes.jpeg(scenes.scene(i).image) for i in range(5)],
+        "price": [i * 1.5 for i in range(5)],
+    }
     pq.write_table(pa.table(rows), tmp_path / "a.parquet")
     store = Exact("c")
     assert ingest(str(tmp_path / "a.parquet"), Embedder(student), store).embedded == 5

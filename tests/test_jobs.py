@@ -17,7 +17,9 @@ ENV = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"
 
 
 def job(name, *args, timeout=400):
-    return subprocess.run([sys.executable, f"ray_jobs/{name}.py", *map(str, args)], cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=timeout)
+    return subprocess.run(
+        [sys.executable, f"ray_jobs/{name}.py", *map(str, args)], cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=timeout
+    )
 
 
 def distill_args(tiny_base, pairs_folder, labelled_folder, out):
@@ -62,7 +64,7 @@ def test_a_second_submission_reuses_everything(unbroken, tiny_base, pairs_folder
 def test_killed_job_and_killed_worker_end_with_the_same_metrics(unbroken, tiny_base, pairs_folder, labelled_folder, tmp_path):
     """SIGKILL the whole job in mid-epoch, submit again, SIGKILL the worker in mid-epoch, let it go on."""
     command = [sys.executable, "ray_jobs/distill.py", *map(str, distill_args(tiny_base, pairs_folder, labelled_folder, tmp_path))]
-    checkpoints = lambda: sorted(tmp_path.glob("stages/student-*/checkpoints/step-*.pt"), key=lambda p: int(p.stem[5:]))  # noqa: E731
+    checkpoints = lambda: sorted(tmp_path.glob("stages/student-*/checkpoints/step-*.pt"), key=lambda p: int(p.stem[5:]))
 
     def step():
         found = checkpoints()
@@ -109,7 +111,18 @@ def test_two_workers_give_what_one_gives(unbroken, tiny_base, pairs_folder, labe
 
 
 def test_extract_regions_with_yolo_previews_and_resumes(pairs_folder, tmp_path):
-    args = ("--pairs", pairs_folder, "--out", tmp_path, "--weights", ROOT / "examples/demo/detector.pt", "--set", "regions.options.image_size=128", "--preview", 3)
+    args = (
+        "--pairs",
+        pairs_folder,
+        "--out",
+        tmp_path,
+        "--weights",
+        ROOT / "examples/demo/detector.pt",
+        "--set",
+        "regions.options.image_size=128",
+        "--preview",
+        3,
+    )
     done = job("extract_regions", *args)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     facts = json.loads(done.stdout.splitlines()[-1])
@@ -136,7 +149,17 @@ def test_ingest_job_and_cli_agree(student_folder, scenes_folder, tmp_path):
     for i in range(12):
         (tmp_path / "src" / f"{i}.jpg").write_bytes((scenes_folder / "images" / f"train-{i:05d}.jpg").read_bytes())
     (tmp_path / "src" / "bad.jpg").write_text("text")
-    args = (tmp_path / "src", "--student", student_folder, "--collection", "c", "--edge", tmp_path / "job", "--rejects", tmp_path / "r.jsonl")
+    args = (
+        tmp_path / "src",
+        "--student",
+        student_folder,
+        "--collection",
+        "c",
+        "--edge",
+        tmp_path / "job",
+        "--rejects",
+        tmp_path / "r.jsonl",
+    )
     done = job("ingest", *args)
     assert done.returncode == 3, done.stdout[-2000:] + done.stderr[-2000:]
     assert '{"seen": 13, "embedded": 12, "unchanged": 0, "rejected": 1}' in done.stdout
@@ -145,7 +168,7 @@ def test_ingest_job_and_cli_agree(student_folder, scenes_folder, tmp_path):
     assert '{"seen": 13, "embedded": 0, "unchanged": 12, "rejected": 1}' in again.stdout
     ours, theirs = open_store("c", edge=str(tmp_path / "cli")), open_store("c", edge=str(tmp_path / "job"))
     ingest(str(tmp_path / "src"), Embedder(Student.load(student_folder)), ours)
-    snapshot = lambda s: {p.id: (p.payload, p.image.round(4).tolist(), p.regions.round(4).tolist()) for p in s.scroll(with_vectors=True)}  # noqa: E731
+    snapshot = lambda s: {p.id: (p.payload, p.image.round(4).tolist(), p.regions.round(4).tolist()) for p in s.scroll(with_vectors=True)}
     assert snapshot(ours) == snapshot(theirs)
     ours.close()
     theirs.close()

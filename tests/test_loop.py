@@ -135,7 +135,17 @@ class Dies(Toy):
 @pytest.mark.parametrize("at", [2, 4, 8])
 @pytest.mark.parametrize("extras", [{}, {"ema": 0.9, "l2_sp": 0.01}])
 def test_a_killed_run_resumes_to_the_same_weights_and_history(at, extras, tmp_path):
-    how = {"epochs": 3, "batch_size": 8, "chunk_size": 100, "warmup": 0.2, "schedule": "cosine", "clip_norm": 1.0, "checkpoint_s": 0.0, "seed": 3, **extras}
+    how = {
+        "epochs": 3,
+        "batch_size": 8,
+        "chunk_size": 100,
+        "warmup": 0.2,
+        "schedule": "cosine",
+        "clip_norm": 1.0,
+        "checkpoint_s": 0.0,
+        "seed": 3,
+        **extras,
+    }
     unbroken = Toy()
     wanted = fit(unbroken, **how)
     points = Checkpoints(UPath(tmp_path))

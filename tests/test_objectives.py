@@ -21,7 +21,9 @@ def test_there_are_objectives():
 def encoded(n=6, c=1, d=5, seed=0, dtype=torch.float32, grad=False):
     g = torch.Generator().manual_seed(seed)
     image, text = torch.randn(n, d, generator=g, dtype=dtype), torch.randn(n * c, d, generator=g, dtype=dtype)
-    return Encoded(image.requires_grad_(grad), text.requires_grad_(grad), torch.arange(n).repeat_interleave(c), torch.tensor(10.0, dtype=dtype))
+    return Encoded(
+        image.requires_grad_(grad), text.requires_grad_(grad), torch.arange(n).repeat_interleave(c), torch.tensor(10.0, dtype=dtype)
+    )
 
 
 @pytest.mark.parametrize("name", ALL)

@@ -50,7 +50,9 @@ def write_flickr_txt(folder):
 
 
 def write_results_csv(folder):
-    (folder / "results.csv").write_text("image_name| comment_number| comment\n" + "".join(f"{n}| {k}| {c}\n" for n in NAMES for k, c in enumerate(CAPTIONS[n])))
+    (folder / "results.csv").write_text(
+        "image_name| comment_number| comment\n" + "".join(f"{n}| {k}| {c}\n" for n in NAMES for k, c in enumerate(CAPTIONS[n]))
+    )
     return folder
 
 
@@ -101,7 +103,19 @@ def write_hf_parquet(folder):
     return folder / "a.parquet"
 
 
-WRITERS = [write_csv, write_tsv, write_flickr_txt, write_results_csv, write_token, write_jsonl, write_coco, write_karpathy, write_tar, write_parquet, write_hf_parquet]
+WRITERS = [
+    write_csv,
+    write_tsv,
+    write_flickr_txt,
+    write_results_csv,
+    write_token,
+    write_jsonl,
+    write_coco,
+    write_karpathy,
+    write_tar,
+    write_parquet,
+    write_hf_parquet,
+]
 
 
 @pytest.mark.parametrize("writer", WRITERS, ids=lambda w: w.__name__.removeprefix("write_"))
@@ -145,7 +159,9 @@ def write_split_rows(folder, rows):
 
 def test_a_leak_is_refused_even_under_another_name_and_format(folder, tmp_path):
     Image.open(folder / "images" / "0.png").save(folder / "images" / "copy.bmp")
-    rows = [{"file_name": f"{i}.png", "caption": "x", "split": "train"} for i in range(4)] + [{"file_name": "copy.bmp", "caption": "x", "split": "test"}]
+    rows = [{"file_name": f"{i}.png", "caption": "x", "split": "train"} for i in range(4)] + [
+        {"file_name": "copy.bmp", "caption": "x", "split": "test"}
+    ]
     write_split_rows(folder, [*rows, {"file_name": "5.png", "caption": "x", "split": "val"}])
     with pytest.raises(LeakError, match="'0.png' is 'copy.bmp'"):
         build(str(folder), str(tmp_path / "out"))
@@ -189,7 +205,9 @@ def test_rejects_say_path_and_reason_and_are_counted(folder, tmp_path):
     manifest = build(str(folder), str(tmp_path / "out"))
     assert manifest["rejects"] == 7
     assert sum(manifest["splits"].values()) == 6
-    reasons = {json.loads(line)["key"]: json.loads(line)["reason"] for line in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()}
+    reasons = {
+        json.loads(line)["key"]: json.loads(line)["reason"] for line in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()
+    }
     for key, says in {"text.jpg": "looks like text", "empty.jpg": "an empty file", "missing.jpg": "No such file", "0.png": "a second picture named", "images/1.png": "an empty caption",
                       "images/2.png": "no caption", "images/3.png": "--split-map holdout=train"}.items():  # fmt: skip
         assert says in reasons[key]

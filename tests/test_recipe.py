@@ -51,10 +51,24 @@ def test_unknown_recipe_is_named():
 
 
 def test_settings():
-    r = Recipe.load("dclip", ["train.lr=1e-4", "student.text=full", "objectives.1.weight=7", 'regions.options.weights="/x y.pt"', "keep.wise_ft=[0.5, 1.0]"])
-    assert (r.train.lr, r.student.text, r.objectives[1].weight, r.regions.options["weights"], r.keep.wise_ft) == (1e-4, "full", 7.0, "/x y.pt", (0.5, 1.0))
+    r = Recipe.load(
+        "dclip",
+        ["train.lr=1e-4", "student.text=full", "objectives.1.weight=7", 'regions.options.weights="/x y.pt"', "keep.wise_ft=[0.5, 1.0]"],
+    )
+    assert (r.train.lr, r.student.text, r.objectives[1].weight, r.regions.options["weights"], r.keep.wise_ft) == (
+        1e-4,
+        "full",
+        7.0,
+        "/x y.pt",
+        (0.5, 1.0),
+    )
     assert r.with_settings("train.epochs=2").train.epochs == 2
-    for setting, says in (("train.lr", "key.key=value"), ("train.nope=1", "unknown key"), ("objectives.9.weight=1", "to reach into"), ("name.x=1", "to reach into")):
+    for setting, says in (
+        ("train.lr", "key.key=value"),
+        ("train.nope=1", "unknown key"),
+        ("objectives.9.weight=1", "to reach into"),
+        ("name.x=1", "to reach into"),
+    ):
         with pytest.raises(RecipeError, match=says):
             Recipe.load("dclip", [setting])
 

@@ -24,7 +24,14 @@ def points(n=40, seed=0):
     for i in range(n):
         regions = normalise(rng.normal(size=(1 + i % 3, D)))
         caption = " ".join(rng.choice(WORDS, rng.integers(2, 5), replace=False))
-        out.append(Point(point_id(f"k{i}"), regions[0], regions, {"key": f"k{i}", "caption": caption, "labels": [WORDS[i % 8], WORDS[(i + 1) % 8]], "width": 100 + i, "uri": f"/p/{i}"}))
+        out.append(
+            Point(
+                point_id(f"k{i}"),
+                regions[0],
+                regions,
+                {"key": f"k{i}", "caption": caption, "labels": [WORDS[i % 8], WORDS[(i + 1) % 8]], "width": 100 + i, "uri": f"/p/{i}"},
+            )
+        )
     return out
 
 
@@ -36,7 +43,11 @@ def fill(store):
 
 @pytest.fixture(params=["exact", "edge", "memory"])
 def store(request, tmp_path):
-    s = {"exact": lambda: Exact("c"), "edge": lambda: open_store("c", edge=str(tmp_path)), "memory": lambda: open_store("c", url=":memory:")}[request.param]()
+    s = {
+        "exact": lambda: Exact("c"),
+        "edge": lambda: open_store("c", edge=str(tmp_path)),
+        "memory": lambda: open_store("c", url=":memory:"),
+    }[request.param]()
     yield s
     s.close()
 
@@ -85,7 +96,9 @@ def test_region_rescoring_agrees_with_brute_force(full, truth):
 
 def test_bm25_ranks_exact_words_first(full):
     hits = full.query(Query(limit=5, text="moon ring"))
-    assert {"moon", "ring"} <= set(hits[0].payload["caption"].split()) or len({"moon", "ring"} & set(hits[0].payload["caption"].split())) == 1
+    assert {"moon", "ring"} <= set(hits[0].payload["caption"].split()) or len(
+        {"moon", "ring"} & set(hits[0].payload["caption"].split())
+    ) == 1
     assert all({"moon", "ring"} & set(h.payload["caption"].split()) for h in hits)
 
 
@@ -114,7 +127,9 @@ def test_upsert_replaces_and_payloads_come_back(full):
     (p,) = points(1)
     full.upsert([Point(p.id, p.image, p.regions, p.payload | {"caption": "changed"})])
     assert full.count() == 40
-    assert full.payloads([p.id, point_id("none")], ["caption", "key", "absent"]) == {p.id: {"caption": "changed", "key": "k0", "absent": None}}
+    assert full.payloads([p.id, point_id("none")], ["caption", "key", "absent"]) == {
+        p.id: {"caption": "changed", "key": "k0", "absent": None}
+    }
     assert full.payloads([], ["key"]) == {}
 
 

@@ -13,7 +13,14 @@ from dclip_qdrant.regions import Regions
 from dclip_qdrant.student import Student
 
 pytestmark = pytest.mark.slow
-TEXTS = ["a red star", "it's John's 2nd   car &amp; more", "", "caf\u00e9 \u201cna\u00efve\u201d \u2014 dash\u2026", "word " * 100, "\u6771\u4eac\u30bf\u30ef\u30fc"]
+TEXTS = [
+    "a red star",
+    "it's John's 2nd   car &amp; more",
+    "",
+    "caf\u00e9 \u201cna\u00efve\u201d \u2014 dash\u2026",
+    "word " * 100,
+    "\u6771\u4eac\u30bf\u30ef\u30fc",
+]
 
 
 @pytest.fixture
@@ -58,7 +65,9 @@ def test_special_tokens_in_a_query_are_just_text(student_folder):
 def test_one_at_a_time_is_the_same_as_together(student_folder, pictures):
     student = Student.load(student_folder)
     np.testing.assert_allclose(np.concatenate([student.embed_texts([t]) for t in TEXTS]), student.embed_texts(TEXTS), atol=1e-5)
-    np.testing.assert_allclose(np.concatenate([student.embed_images([p]) for p in pictures]), student.embed_images(pictures, batch=2), atol=1e-5)
+    np.testing.assert_allclose(
+        np.concatenate([student.embed_images([p]) for p in pictures]), student.embed_images(pictures, batch=2), atol=1e-5
+    )
     np.testing.assert_allclose(np.linalg.norm(student.embed_texts(TEXTS), axis=1), 1, atol=1e-5)
 
 

@@ -43,7 +43,16 @@ def sample(seed=0, b=3, r=4, s=5):
 def test_the_released_settings_are_the_papers():
     t = released()
     assert (t.fusion, t.heads, t.pool_temperature, t.temperature, t.caption) == ("bidirectional", 8, 2.0, 0.05, "same")
-    assert (t.mask_padding, t.normalise_crops, t.include_global, t.gate, t.lr, t.epochs, t.batch_size, t.optimizer) == (False, False, False, "none", 1e-5, 5, 32, "adam")
+    assert (t.mask_padding, t.normalise_crops, t.include_global, t.gate, t.lr, t.epochs, t.batch_size, t.optimizer) == (
+        False,
+        False,
+        False,
+        "none",
+        1e-5,
+        5,
+        32,
+        "adam",
+    )
 
 
 def test_released_teacher_has_the_released_number_of_parameters():
@@ -94,7 +103,9 @@ def test_regions_only_is_the_formula_and_hears_no_caption():
     got = teacher(image, regions, mask, spans, torch.ones(3, 5, dtype=torch.bool))
     for i in range(3):
         a = teacher.norm_image(image[i][None] + naive_attention(teacher.attend_image, image[i][None], regions[i]))[0]
-        torch.testing.assert_close(got[i], F.normalize(F.normalize(image[i], dim=0) + 0.5 * F.normalize(a, dim=0), dim=0), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            got[i], F.normalize(F.normalize(image[i], dim=0) + 0.5 * F.normalize(a, dim=0), dim=0), atol=1e-5, rtol=1e-5
+        )
     torch.testing.assert_close(got, teacher(image, regions, mask, spans * 9, torch.ones(3, 5, dtype=torch.bool)))
 
 
@@ -157,7 +168,11 @@ def test_the_sound_teacher_never_fuses_the_caption_it_is_scored_against(tiny):
             index = np.arange(12)
             batch = task.batch(index, epoch)
             for i in range(12):
-                (target,) = [k for k in range(counts[i]) if np.allclose(task.cache.texts[task.cache.first[i] + k].astype(np.float32), batch.target[i].numpy())]
+                (target,) = [
+                    k
+                    for k in range(counts[i])
+                    if np.allclose(task.cache.texts[task.cache.first[i] + k].astype(np.float32), batch.target[i].numpy())
+                ]
                 if how == "same":
                     assert batch.inside[i] == captions[i][target]
                 else:
@@ -175,7 +190,16 @@ def test_cached_target_of_a_caption_does_not_depend_on_that_caption(tiny, tmp_pa
     teach.device, teach.teacher = "cpu", RegionTeacher(32, Teacher(heads=4)).eval()
     teach.spans = Spans(tiny, "tokens")
     rng = np.random.default_rng(0)
-    row = {"key": "k", "view": 0, "crop": [0, 0, 1, 1], "flip": False, "trunk": [], "image": rng.normal(size=32).tolist(), "regions": rng.normal(size=(2, 32)).tolist(), "split": "train"}
+    row = {
+        "key": "k",
+        "view": 0,
+        "crop": [0, 0, 1, 1],
+        "flip": False,
+        "trunk": [],
+        "image": rng.normal(size=32).tolist(),
+        "regions": rng.normal(size=(2, 32)).tolist(),
+        "split": "train",
+    }
     before = np.array(teach._teach([{**row, "captions": ["a red star", "a blue moon", "a ring"]}])[0]["teacher_image"])
     after = np.array(teach._teach([{**row, "captions": ["something else entirely", "a blue moon", "a ring"]}])[0]["teacher_image"])
     np.testing.assert_allclose(before[0], after[0], atol=1e-6)
@@ -191,7 +215,9 @@ def test_spans_drop_begin_end_and_padding(tiny):
     assert vectors[0, 2:].abs().sum() == 0
     ids = tiny.tokenizer(["red star"], context_length=24)
     with torch.no_grad():
-        hidden = tiny.model.ln_final(tiny.model.transformer(tiny.model.token_embedding(ids) + tiny.model.positional_embedding, attn_mask=tiny.model.attn_mask))
+        hidden = tiny.model.ln_final(
+            tiny.model.transformer(tiny.model.token_embedding(ids) + tiny.model.positional_embedding, attn_mask=tiny.model.attn_mask)
+        )
         expected = (hidden @ tiny.model.text_projection)[0, 1:3]
     torch.testing.assert_close(vectors[0, :2], expected, atol=1e-5, rtol=1e-5)
 

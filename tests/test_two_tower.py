@@ -46,7 +46,11 @@ def test_preprocessing_is_torchvisions(size, mode, rng):
 
 def test_attn_proj_is_dclips_set(model):
     names = set(model.choose("image", "attn_proj"))
-    assert names == {f"visual.transformer.resblocks.{i}.attn.{p}" for i in range(2) for p in ("in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias")} | {"visual.proj"}
+    assert names == {
+        f"visual.transformer.resblocks.{i}.attn.{p}"
+        for i in range(2)
+        for p in ("in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias")
+    } | {"visual.proj"}
     assert {n for n, p in model.model.named_parameters() if p.requires_grad} == names
 
 
@@ -54,7 +58,7 @@ def test_last_n_full_and_frozen(model):
     assert model.choose("text", "frozen") == []
     last = model.choose("image", "last_n", last_n=1)
     assert all(".resblocks.1." in n or n in ("visual.proj", "visual.ln_post.weight", "visual.ln_post.bias") for n in last)
-    assert {n for n in model.choose("image", "full")} == {n for n, _ in model.model.named_parameters() if n.startswith("visual.")}
+    assert set(model.choose("image", "full")) == {n for n, _ in model.model.named_parameters() if n.startswith("visual.")}
     text = model.choose("text", "full")
     assert "text_projection" in text
     assert not any(n.startswith(("visual", "logit")) for n in text)
@@ -121,7 +125,11 @@ def test_interpolation_by_hand():
 def test_alpha_is_chosen_by_validation_among_those_that_keep():
     from dclip_qdrant.training.runs import choose_alpha
 
-    sweep = [{"alpha": 0.2, "val": 0.3, "retention": 1.02}, {"alpha": 0.6, "val": 0.5, "retention": 1.0}, {"alpha": 1.0, "val": 0.7, "retention": 0.9}]
+    sweep = [
+        {"alpha": 0.2, "val": 0.3, "retention": 1.02},
+        {"alpha": 0.6, "val": 0.5, "retention": 1.0},
+        {"alpha": 1.0, "val": 0.7, "retention": 0.9},
+    ]
     assert choose_alpha(sweep, 1.0)["alpha"] == 0.6
     assert choose_alpha(sweep, 0.9)["alpha"] == 1.0
     assert choose_alpha(sweep, 1.5)["alpha"] == 0.2

@@ -12,7 +12,9 @@ class Grid:
 
     def __init__(self, rows: int = 2, columns: int = 2, overlap: float = 0.1) -> None:
         if rows < 1 or columns < 1 or not 0 <= overlap < 1:
-            raise RecipeError("detector 'grid'", f"rows {rows}, columns {columns}, overlap {overlap}", "rows and columns >= 1, overlap in 0..1")
+            raise RecipeError(
+                "detector 'grid'", f"rows {rows}, columns {columns}, overlap {overlap}", "rows and columns >= 1, overlap in 0..1"
+            )
         self.rows, self.columns, self.overlap = rows, columns, overlap
         self.fingerprint = f"grid-{rows}x{columns}-{overlap}"
 
@@ -22,7 +24,12 @@ class Grid:
     def _tiles(self, width: int, height: int) -> Regions:
         w, h = width / self.columns, height / self.rows
         boxes = [
-            (max(0, (c - self.overlap) * w), max(0, (r - self.overlap) * h), min(width, (c + 1 + self.overlap) * w), min(height, (r + 1 + self.overlap) * h))
+            (
+                max(0, (c - self.overlap) * w),
+                max(0, (r - self.overlap) * h),
+                min(width, (c + 1 + self.overlap) * w),
+                min(height, (r + 1 + self.overlap) * h),
+            )
             for r in range(self.rows)
             for c in range(self.columns)
         ]

@@ -13,13 +13,19 @@ from dclip_qdrant.regions import Regions
 
 # Checkpoints are pickles: these are the packages whose names an honest YOLO checkpoint uses.
 _TRUSTED = ("ultralytics.", "torch.", "numpy.", "collections.", "pathlib.", "argparse.")
-_TRUSTED_BUILTINS = {f"{m}.{n}" for m in ("builtins", "__builtin__") for n in ("set", "slice", "dict", "list", "tuple", "object", "getattr", "bytearray", "complex", "range", "frozenset")}
+_TRUSTED_BUILTINS = {
+    f"{m}.{n}"
+    for m in ("builtins", "__builtin__")
+    for n in ("set", "slice", "dict", "list", "tuple", "object", "getattr", "bytearray", "complex", "range", "frozenset")
+}
 
 
 class Yolo:
     """`weights`: a .pt file, or a name that ultralytics downloads (yolo11n.pt). Boxes come back in pixels of the given images."""
 
-    def __init__(self, weights: str = "yolo11n.pt", image_size: int = 640, min_score: float = 0.25, max_boxes: int = 100, device: str | None = None) -> None:
+    def __init__(
+        self, weights: str = "yolo11n.pt", image_size: int = 640, min_score: float = 0.25, max_boxes: int = 100, device: str | None = None
+    ) -> None:
         if os.sep in weights and not Path(weights).is_file():
             raise UsageError("detector weights", f"no file {weights}", "a YOLO .pt file, or a name like yolo11n.pt")
         os.environ.setdefault("YOLO_VERBOSE", "false")
@@ -39,14 +45,16 @@ class Yolo:
         try:
             self._model = YOLO(weights)
         except Exception as e:  # a missing download, a broken file: ultralytics raises many kinds
-            raise UsageError("detector weights", f"{weights}: {str(e).splitlines()[0][:200]}", "a YOLO .pt file, or a name like yolo11n.pt") from e
+            raise UsageError(
+                "detector weights", f"{weights}: {str(e).splitlines()[0][:200]}", "a YOLO .pt file, or a name like yolo11n.pt"
+            ) from e
         self._how = {"imgsz": image_size, "conf": min_score, "max_det": max_boxes, "verbose": False, "device": device}
 
     def __call__(self, images: list[Image.Image]) -> list[Regions]:
         found = self._model.predict(images, **self._how) if images else []
         return [self._regions(r) for r in found]
 
-    def _regions(self, result) -> Regions:  # noqa: ANN001  # ultralytics.engine.results.Results
+    def _regions(self, result) -> Regions:  # ultralytics.engine.results.Results
         boxes = result.boxes
         labels = tuple(str(result.names[int(c)]) for c in boxes.cls.tolist())
         return Regions(boxes.xyxy.cpu().numpy().astype(np.float32).reshape(-1, 4), boxes.conf.cpu().numpy().astype(np.float32), labels)
@@ -62,4 +70,6 @@ def _check_pickle(path: Path) -> None:
         raise InputError(path, f"not a torch checkpoint ({str(e).splitlines()[0][:120]})", "a YOLO .pt file") from e
     strange = [n for n in names if not n.startswith(_TRUSTED) and n not in _TRUSTED_BUILTINS]
     if strange:
-        raise InputError(path, f"a checkpoint that would run {', '.join(strange[:3])}", "only torch, numpy and ultralytics inside", "don't load it")
+        raise InputError(
+            path, f"a checkpoint that would run {', '.join(strange[:3])}", "only torch, numpy and ultralytics inside", "don't load it"
+        )

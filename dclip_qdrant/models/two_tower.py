@@ -14,7 +14,9 @@ from torch.nn.utils import parametrize
 from dclip_qdrant.errors import RecipeError, UsageError
 from dclip_qdrant.preprocess import Preprocess
 
-_ATTENTION = re.compile(r"\.attn\.(in_proj_weight|in_proj_bias|out_proj\.|qkv\.|q\.|k\.|v\.|proj\.|q_proj\.|k_proj\.|v_proj\.|\w*_proj_weight)")
+_ATTENTION = re.compile(
+    r"\.attn\.(in_proj_weight|in_proj_bias|out_proj\.|qkv\.|q\.|k\.|v\.|proj\.|q_proj\.|k_proj\.|v_proj\.|\w*_proj_weight)"
+)
 _OUTPUT = re.compile(r"^visual\.(proj$|head\.|attnpool\.)|^(text\.)?text_projection(\.|$)")
 
 
@@ -57,7 +59,12 @@ class TwoTower(nn.Module):
         """A causal text tower that reads its answer at the end token: padding changes nothing and can be cut off."""
         t = self._text
         pool = getattr(t, "text_pool_type", getattr(t, "pool_type", None))
-        return hasattr(t, "token_embedding") and getattr(t, "attn_mask", None) is not None and pool in ("argmax", "eos") and getattr(t, "cls_emb", None) is None
+        return (
+            hasattr(t, "token_embedding")
+            and getattr(t, "attn_mask", None) is not None
+            and pool in ("argmax", "eos")
+            and getattr(t, "cls_emb", None) is None
+        )
 
     # --- forward
 
@@ -114,7 +121,9 @@ class TwoTower(nn.Module):
     def text_tokens(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """[B, L] -> projected token features [B, L, D] and the mask [B, L] of real words (no begin, end or padding), as DCLIP's spans."""
         if not self.dynamic_text:
-            raise RecipeError("teacher.spans", f"'tokens' with the text tower of {self.name}", "a causal text tower", 'teacher.spans = "phrases"')
+            raise RecipeError(
+                "teacher.spans", f"'tokens' with the text tower of {self.name}", "a causal text tower", 'teacher.spans = "phrases"'
+            )
         at, end = torch.arange(ids.shape[1], device=ids.device)[None], self._end(ids)[:, None]
         return self._project(self.hidden(ids)), (at > 0) & (at < end)
 
@@ -129,12 +138,12 @@ class TwoTower(nn.Module):
             groups = group_parameters(self.model.visual.trunk, self.model.visual.trunk.group_matcher())
             rank = {f"visual.trunk.{n}": g for g, names in groups.items() for n in names}
             top = max(rank.values(), default=0) + 1
-            of = lambda n: rank.get(n, top)  # noqa: E731
+            of = lambda n: rank.get(n, top)
         else:
             blocks = [re.search(r"(?:resblocks|blocks|layer)\.?(\d+)\.", n) for n in mine]
             last = max((int(b.group(1)) for b in blocks if b), default=0)
             number = {n: int(b.group(1)) for n, b in zip(mine, blocks, strict=True) if b}
-            of = lambda n: number.get(n, last + 1 if _OUTPUT.search(n) or ".ln_post" in n or "ln_final" in n else -1)  # noqa: E731
+            of = lambda n: number.get(n, last + 1 if _OUTPUT.search(n) or ".ln_post" in n or "ln_final" in n else -1)
         order = sorted({of(n) for n in mine})
         return [[n for n in mine if of(n) == level] for level in order]
 
@@ -165,7 +174,9 @@ class TwoTower(nn.Module):
             module = self.model.get_submodule(path)
             weight = getattr(module, leaf)
             grouped = isinstance(module, nn.Conv2d) and module.groups > 1
-            wanted = leaf in ("weight", "in_proj_weight", "proj", "text_projection") and not isinstance(module, nn.Embedding) and not grouped
+            wanted = (
+                leaf in ("weight", "in_proj_weight", "proj", "text_projection") and not isinstance(module, nn.Embedding) and not grouped
+            )
             if wanted and weight.ndim >= 2:
                 parametrize.register_parametrization(module, leaf, _LowRank(weight, rank, alpha))
                 chosen += [f"{path + '.' if path else ''}parametrizations.{leaf}.0.{p}" for p in ("a", "b")]
@@ -257,10 +268,16 @@ def load(name: str, *, weights: bool = True) -> TwoTower:
 
     logging.getLogger().setLevel(max(logging.getLogger().level, logging.WARNING))  # open_clip tells the root logger every step of a load
     try:
-        model, _, _ = open_clip.create_model_and_transforms(source, pretrained=pretrained or None, load_weights=weights, pretrained_text=False, output_dict=False)
+        model, _, _ = open_clip.create_model_and_transforms(
+            source, pretrained=pretrained or None, load_weights=weights, pretrained_text=False, output_dict=False
+        )
         tokenizer = open_clip.get_tokenizer(source)
     except Exception as e:  # hub, network, safetensors and open_clip each raise their own
-        raise UsageError(name, f"can't be loaded: {str(e).splitlines()[0][:300] or type(e).__name__}", do="check the name, the network, or give a local folder") from e
+        raise UsageError(
+            name,
+            f"can't be loaded: {str(e).splitlines()[0][:300] or type(e).__name__}",
+            do="check the name, the network, or give a local folder",
+        ) from e
     preprocess = Preprocess.of_open_clip(getattr(model.visual, "preprocess_cfg", {}))
     if config is None:
         config = open_clip.get_model_config(source) or json.loads(json.dumps(getattr(model, "config", {"embed_dim": _dim(model)})))

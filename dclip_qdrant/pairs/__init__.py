@@ -85,7 +85,7 @@ class Pairs:
         return {c["values"]: c["counts"] for c in counted}
 
 
-def load_image(row: dict[str, Any]):  # noqa: ANN201  # PIL.Image.Image
+def load_image(row: dict[str, Any]):  # PIL.Image.Image
     """The upright RGB picture of a pairs row. Raises ImageError."""
     data = row["image"] if row.get("image") is not None else images.read(row["uri"])
     return images.open_rgb(data, row.get("uri") or row["key"])

@@ -95,7 +95,7 @@ def build(
         counts = _carve_val(files, seed, max(fractions[1], 0.1), where)
     leaks = [(h, at) for h, at in where.items() if "train" in at and len(at) > 1]
     if leaks and on_leak == "refuse":
-        h, at = leaks[0]
+        _h, at = leaks[0]
         shutil.rmtree(part)
         raise LeakError(source, f"{len(leaks)} pictures stand in train and in val or test, e.g. {at['train']!r} is {next(at[s] for s in at if s != 'train')!r}",
                         "no decoded picture on both sides", "--on-leak drop-train rejects the train copies")  # fmt: skip
@@ -120,7 +120,9 @@ def build(
     return manifest
 
 
-def _judge_all(found: Iterator[Found], embed: bool | None, split_map: dict[str, str], threads: int) -> Iterator[tuple[Found, dict | DclipError]]:
+def _judge_all(
+    found: Iterator[Found], embed: bool | None, split_map: dict[str, str], threads: int
+) -> Iterator[tuple[Found, dict | DclipError]]:
     """Decodes on threads, keeps the order, holds only a window of pictures in memory."""
     with ThreadPoolExecutor(threads) as pool:
         while window := list(islice(found, threads * 16)):
@@ -188,7 +190,10 @@ def _carve_val(files: list[UPath], seed: int, fraction: float, where: dict[str, 
         with file.open("rb") as f:
             table = pq.read_table(f)
         hashes, keys = table["pixel_hash"].to_pylist(), table["key"].to_pylist()
-        splits = ["val" if s == "train" and _unit(h, seed, "val") < fraction else s for s, h in zip(table["split"].to_pylist(), hashes, strict=True)]
+        splits = [
+            "val" if s == "train" and _unit(h, seed, "val") < fraction else s
+            for s, h in zip(table["split"].to_pylist(), hashes, strict=True)
+        ]
         for s, h, k in zip(splits, hashes, keys, strict=True):
             if s == "val":
                 where[h].pop("train", None)

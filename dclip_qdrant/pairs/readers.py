@@ -18,7 +18,17 @@ from dclip_qdrant.images import SUFFIXES
 KEY_COLUMNS = ("key", "image_id", "id")
 IMAGE_COLUMNS = ("image", "file_name", "filename", "image_name", "image_path", "filepath", "path", "file", "uri", "jpg", "bytes")
 CAPTION_COLUMNS = ("captions", "caption", "text", "sentences", "sentence", "comment", "title", "description")
-CAPTION_FILES = ("captions.jsonl", "captions.csv", "captions.tsv", "captions.txt", "captions.token", "metadata.jsonl", "metadata.csv", "results.csv", "captions.json")
+CAPTION_FILES = (
+    "captions.jsonl",
+    "captions.csv",
+    "captions.tsv",
+    "captions.txt",
+    "captions.token",
+    "metadata.jsonl",
+    "metadata.csv",
+    "results.csv",
+    "captions.json",
+)
 
 
 @dataclass
@@ -81,7 +91,17 @@ def _one(files: list[UPath]) -> list[UPath]:
 
 
 def _kind_of_file(path: UPath) -> str:
-    kinds = {".parquet": "parquet", ".tar": "tar", ".csv": "csv", ".tsv": "csv", ".txt": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".token": "token", ".json": "json"}
+    kinds = {
+        ".parquet": "parquet",
+        ".tar": "tar",
+        ".csv": "csv",
+        ".tsv": "csv",
+        ".txt": "csv",
+        ".jsonl": "jsonl",
+        ".ndjson": "jsonl",
+        ".token": "token",
+        ".json": "json",
+    }
     if path.suffix.lower() not in kinds:
         raise UsageError(path, f"a file ending in {path.suffix!r}", "one of " + ", ".join(kinds))
     return kinds[path.suffix.lower()]
@@ -163,11 +183,17 @@ def _jsonl(path: UPath, root: UPath) -> Iterator[Found]:
             row = json.loads(line)
         except json.JSONDecodeError as e:
             raise InputError(f"{path}:{number}", f"not JSON ({e.msg})", "one object a line") from e
-        image = _pick(list(row), IMAGE_COLUMNS[1:] + ("image",), f"{path}:{number}", "picture")
+        image = _pick(list(row), (*IMAGE_COLUMNS[1:], "image"), f"{path}:{number}", "picture")
         captions = next((row[c] for c in CAPTION_COLUMNS if c in row), [])
         key = next((str(row[c]) for c in KEY_COLUMNS if c in row), str(row[image]))
         known = {image, "split", *KEY_COLUMNS, *CAPTION_COLUMNS}
-        yield Found(key, _locate(root, str(row[image])), _as_list(captions), split=row.get("split"), extra={k: v for k, v in row.items() if k not in known})
+        yield Found(
+            key,
+            _locate(root, str(row[image])),
+            _as_list(captions),
+            split=row.get("split"),
+            extra={k: v for k, v in row.items() if k not in known},
+        )
 
 
 def _as_list(captions: Any) -> list[str]:

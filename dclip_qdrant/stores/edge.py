@@ -31,7 +31,12 @@ class Edge:
         if self._shard is None:
             if not self.exists():
                 there = sorted(p.parent.name for p in self.path.parent.glob("*/collection.json"))
-                raise StoreError(self.path.parent, f"no collection {self.name!r}", f"one of {', '.join(there)}" if there else "an ingested collection", "dclip-qdrant ingest")
+                raise StoreError(
+                    self.path.parent,
+                    f"no collection {self.name!r}",
+                    f"one of {', '.join(there)}" if there else "an ingested collection",
+                    "dclip-qdrant ingest",
+                )
             self._shard = self._try(lambda: E.EdgeShard.load(str(self.path / "shard")))
         return self._shard
 
@@ -40,7 +45,9 @@ class Edge:
             return f()
         except Exception as e:  # the engine raises bare Exception
             if "WouldBlock" in str(e):
-                raise StoreError(self.path, "open in another process", "one process at a time", "wait for it, or use a server with --url") from e
+                raise StoreError(
+                    self.path, "open in another process", "one process at a time", "wait for it, or use a server with --url"
+                ) from e
             raise StoreError(self.path, str(e).splitlines()[0][:300]) from e
 
     def create(self, spec: CollectionSpec, dim: int, metadata: dict[str, Any]) -> None:
@@ -118,8 +125,9 @@ class Edge:
     def scroll(self, *, with_vectors: bool = False) -> Iterator[Point]:
         offset = None
         while True:
-            at = offset
-            rows, offset = self._try(lambda: self._open().scroll(E.ScrollRequest(offset=at, limit=256, with_payload=True, with_vector=with_vectors)))
+            rows, offset = self._try(
+                lambda at=offset: self._open().scroll(E.ScrollRequest(offset=at, limit=256, with_payload=True, with_vector=with_vectors))
+            )
             for r in rows:
                 v = r.vector or {}
                 image = np.asarray(v["image"], np.float32) if with_vectors else np.zeros(0, np.float32)
@@ -147,7 +155,12 @@ def _filter(where: tuple[Condition, ...], exclude: tuple[str, ...]) -> Any:
     must, must_not = [], []
     for c in where:
         if c.op in ("=", "!="):
-            any_of = [E.FieldCondition(key=c.key, match=E.MatchValue(v)) if not isinstance(v, float) else E.FieldCondition(key=c.key, range=E.RangeFloat(gte=v, lte=v)) for v in c.values]
+            any_of = [
+                E.FieldCondition(key=c.key, match=E.MatchValue(v))
+                if not isinstance(v, float)
+                else E.FieldCondition(key=c.key, range=E.RangeFloat(gte=v, lte=v))
+                for v in c.values
+            ]
             (must if c.op == "=" else must_not).append(any_of[0] if len(any_of) == 1 else E.Filter(should=any_of))
         elif c.op == "~":
             must.append(E.FieldCondition(key=c.key, match=E.MatchText(str(c.values[0]))))

@@ -6,8 +6,6 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
-
 from dclip_qdrant.collection import CollectionSpec
 from dclip_qdrant.errors import StoreError
 from dclip_qdrant.metrics import normalise
@@ -39,7 +37,13 @@ class Exact:
 
     def describe(self) -> dict[str, Any]:
         spec = self._spec.model_dump(mode="json") if self._spec else {}
-        return {"engine": "exact", "points": self.count(), "dim": self._dim, "vectors": spec["vectors"], "payload_indexes": spec["payload_indexes"]}
+        return {
+            "engine": "exact",
+            "points": self.count(),
+            "dim": self._dim,
+            "vectors": spec["vectors"],
+            "payload_indexes": spec["payload_indexes"],
+        }
 
     def count(self) -> int:
         return len(self._known())

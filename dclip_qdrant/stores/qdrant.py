@@ -22,7 +22,9 @@ class Qdrant:
 
     def __init__(self, name: str, url: str, *, api_key: str | None = None, client: QdrantClient | None = None) -> None:
         self.name, self.url = name, url
-        self.client = client or (QdrantClient(":memory:") if url == ":memory:" else QdrantClient(url=url, api_key=api_key, timeout=60, check_compatibility=False))
+        self.client = client or (
+            QdrantClient(":memory:") if url == ":memory:" else QdrantClient(url=url, api_key=api_key, timeout=60, check_compatibility=False)
+        )
 
     def _try(self, f: Callable[[], Any]) -> Any:
         """Calls the server; waits and tries again when it is busy or away, and honours Retry-After."""
@@ -41,6 +43,7 @@ class Qdrant:
             except ValueError as e:  # qdrant-client's own engine
                 raise PointError(self.name, str(e)[:300]) from e
             time.sleep(min(wait, 30))
+        return None
 
     def exists(self) -> bool:
         return self._try(lambda: self.client.collection_exists(self.name))
@@ -59,9 +62,15 @@ class Qdrant:
         import warnings
 
         for key, kind in spec.payload_indexes.items():
-            schema: Any = {"keyword": m.PayloadSchemaType.KEYWORD, "integer": m.PayloadSchemaType.INTEGER, "float": m.PayloadSchemaType.FLOAT}.get(kind)
+            schema: Any = {
+                "keyword": m.PayloadSchemaType.KEYWORD,
+                "integer": m.PayloadSchemaType.INTEGER,
+                "float": m.PayloadSchemaType.FLOAT,
+            }.get(kind)
             if kind == "bm25":
-                schema = m.TextIndexParams(type=m.TextIndexType.TEXT, tokenizer=m.TokenizerType.WORD, scoring=m.TextScoringParams(type=m.TextScoringType.BM25))
+                schema = m.TextIndexParams(
+                    type=m.TextIndexType.TEXT, tokenizer=m.TokenizerType.WORD, scoring=m.TextScoringParams(type=m.TextScoringType.BM25)
+                )
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message=".*[Pp]ayload indexes have no effect.*")  # the in-memory engine needs none
                 self._try(lambda k=key, s=schema: self.client.create_payload_index(self.name, k, s, wait=True))
@@ -72,7 +81,12 @@ class Qdrant:
     def _known(self) -> Any:
         if not self.exists():
             names = [c.name for c in self._try(self.client.get_collections).collections]
-            raise StoreError(self.url, f"no collection {self.name!r}", f"one of {', '.join(names)}" if names else "an ingested collection", "dclip-qdrant ingest")
+            raise StoreError(
+                self.url,
+                f"no collection {self.name!r}",
+                f"one of {', '.join(names)}" if names else "an ingested collection",
+                "dclip-qdrant ingest",
+            )
         return self._try(lambda: self.client.get_collection(self.name))
 
     def describe(self) -> dict[str, Any]:
@@ -112,22 +126,28 @@ class Qdrant:
         fusion = m.RrfQuery(rrf=m.Rrf(k=query.rrf_k, weights=[w for _, _, w in live]))
         if query.rescore is not None:
             inner = prefetch if len(prefetch) == 1 else [m.Prefetch(prefetch=prefetch, query=fusion, limit=query.candidates)]
-            call = lambda: self.client.query_points(self.name, prefetch=inner, query=query.rescore.tolist(), using="regions", **how)  # noqa: E731
+            call = lambda: self.client.query_points(self.name, prefetch=inner, query=query.rescore.tolist(), using="regions", **how)
         elif len(live) == 1:
-            call = lambda: self.client.query_points(self.name, query=live[0][0], using=live[0][1], query_filter=where, **how)  # noqa: E731
+            call = lambda: self.client.query_points(self.name, query=live[0][0], using=live[0][1], query_filter=where, **how)
         else:
-            call = lambda: self.client.query_points(self.name, prefetch=prefetch, query=fusion, **how)  # noqa: E731
+            call = lambda: self.client.query_points(self.name, prefetch=prefetch, query=fusion, **how)
         self._known()
         return [Hit(str(p.id), float(p.score), dict(p.payload or {}), _matrix(p.vector)) for p in self._try(call).points]
 
     def scroll(self, *, with_vectors: bool = False) -> Iterator[Point]:
         offset: Any = None
         while True:
-            at = offset
-            rows, offset = self._try(lambda: self.client.scroll(self.name, limit=256, offset=at, with_payload=True, with_vectors=with_vectors))
+            rows, offset = self._try(
+                lambda at=offset: self.client.scroll(self.name, limit=256, offset=at, with_payload=True, with_vectors=with_vectors)
+            )
             for r in rows:
                 v = r.vector or {}
-                yield Point(str(r.id), np.asarray(v["image"], np.float32) if with_vectors else np.zeros(0, np.float32), _matrix(v), dict(r.payload or {}))
+                yield Point(
+                    str(r.id),
+                    np.asarray(v["image"], np.float32) if with_vectors else np.zeros(0, np.float32),
+                    _matrix(v),
+                    dict(r.payload or {}),
+                )
             if offset is None:
                 return
 
@@ -148,7 +168,12 @@ def _filter(where: tuple[Condition, ...], exclude: tuple[str, ...]) -> m.Filter 
     must_not: list[Any] = []
     for c in where:
         if c.op in ("=", "!="):
-            any_of = [m.FieldCondition(key=c.key, match=m.MatchValue(value=v)) if not isinstance(v, float) else m.FieldCondition(key=c.key, range=m.Range(gte=v, lte=v)) for v in c.values]
+            any_of = [
+                m.FieldCondition(key=c.key, match=m.MatchValue(value=v))
+                if not isinstance(v, float)
+                else m.FieldCondition(key=c.key, range=m.Range(gte=v, lte=v))
+                for v in c.values
+            ]
             (must if c.op == "=" else must_not).append(any_of[0] if len(any_of) == 1 else m.Filter(should=any_of))
         elif c.op == "~":
             must.append(m.FieldCondition(key=c.key, match=m.MatchText(text=str(c.values[0]))))

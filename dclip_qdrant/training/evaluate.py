@@ -53,7 +53,9 @@ class EvalSet:
         self.pictures = Pictures(pairs, split)
         self.captions: list[list[str]] = pairs.table(["captions"], (split,))["captions"].to_pylist()
         self.owner = np.repeat(np.arange(len(self.captions)), [len(c) for c in self.captions])
-        self.cache = load_cache(self.pictures.keys, [len(c) for c in self.captions], features, need=("texts",)) if features is not None else None
+        self.cache = (
+            load_cache(self.pictures.keys, [len(c) for c in self.captions], features, need=("texts",)) if features is not None else None
+        )
         self.decoded = Decoded(self.pictures.load, len(self.pictures))
         self.device = device
 
@@ -94,7 +96,9 @@ class LabelledSet:
 
 @torch.no_grad()
 def _batched(f: Any, x: np.ndarray, device: str) -> np.ndarray:
-    return np.concatenate([f(torch.from_numpy(x[i : i + 512].astype(np.float32)).to(device)).float().cpu().numpy() for i in range(0, len(x), 512)])
+    return np.concatenate(
+        [f(torch.from_numpy(x[i : i + 512].astype(np.float32)).to(device)).float().cpu().numpy() for i in range(0, len(x), 512)]
+    )
 
 
 @torch.no_grad()

@@ -96,7 +96,10 @@ def fit(
     def save(epoch: int, step: int) -> None:
         if checkpoints and comm.rank == 0:
             params = [p.detach().cpu() for p in [*towers, *learned, *average]]
-            checkpoints.save(epoch * steps + step, {"params": params, "optimizer": opt.state_dict(), "epoch": epoch, "step": step, "history": history, "sums": sums})
+            checkpoints.save(
+                epoch * steps + step,
+                {"params": params, "optimizer": opt.state_dict(), "epoch": epoch, "step": step, "history": history, "sums": sums},
+            )
 
     from concurrent.futures import ThreadPoolExecutor
 
@@ -145,7 +148,15 @@ def fit(
             sums, first_step = {}, 0
             save(epoch + 1, 0)
             last_save = time.monotonic()
-            say(" ".join([f"epoch {epoch + 1}/{epochs}", *(f"{k} {v:.4f}" for k, v in row.items() if k not in ("epoch", "seconds")), f"({seconds:.1f} s)"]))
+            say(
+                " ".join(
+                    [
+                        f"epoch {epoch + 1}/{epochs}",
+                        *(f"{k} {v:.4f}" for k, v in row.items() if k not in ("epoch", "seconds")),
+                        f"({seconds:.1f} s)",
+                    ]
+                )
+            )
     if ema:
         for p, a in zip(towers, average, strict=True):
             p.data.copy_(a)

@@ -55,7 +55,9 @@ def run_all(runs: list[Run], *, workers: int, storage: str, say: Callable[[str],
     trainer = TorchTrainer(
         _work,
         train_loop_config={"runs": [r.as_dict() for r in todo]},
-        scaling_config=ScalingConfig(num_workers=workers, use_gpu=use_gpu, resources_per_worker={"CPU": 1, **({"GPU": 1} if use_gpu else {})}),
+        scaling_config=ScalingConfig(
+            num_workers=workers, use_gpu=use_gpu, resources_per_worker={"CPU": 1, **({"GPU": 1} if use_gpu else {})}
+        ),
         run_config=RunConfig(name=f"runs-{int(time.time())}", storage_path=storage, failure_config=FailureConfig(max_failures=3)),
     )
     trainer.fit()

@@ -71,7 +71,7 @@ class Worker:
         if run.stage.done:
             self.say(f"{run.label}: done before, reused")
             return
-        say = lambda line: self.say(f"{run.label}: {line}")  # noqa: E731
+        say = lambda line: self.say(f"{run.label}: {line}")
         {"base": self._base, "teacher": self._teacher, "student": self._student}[run.kind](run, say)
         self.comm.barrier()
 
@@ -92,7 +92,12 @@ class Worker:
         model = two_tower.load(run.student).to(self.device)
         labelled = self._labelled(run)
         accuracy = labelled.accuracy(model) if labelled else None
-        figures = {"name": "base", "zero_shot": accuracy, "retention": 1.0 if labelled else None, "n_labelled": len(labelled.data) if labelled else 0}
+        figures = {
+            "name": "base",
+            "zero_shot": accuracy,
+            "retention": 1.0 if labelled else None,
+            "n_labelled": len(labelled.data) if labelled else 0,
+        }
         r = self._set(run, run.split).ranks(model, cached_text=False)
         figures["test"] = metrics.retrieval(r)
         _save_ranks(run.stage.path, "test", r)
@@ -138,7 +143,11 @@ class Worker:
             for s in range(0, len(lists), 256):
                 at = slice(s, s + 256)
                 image, regions = (torch.from_numpy(x.astype(np.float32)).to(self.device) for x in (cache.image[at, 0], cache.regions[at]))
-                out.append(fuse(task.modules, task.spans, image, regions, torch.from_numpy(cache.region_mask[at]).to(self.device), inside[at]).cpu().numpy())
+                out.append(
+                    fuse(task.modules, task.spans, image, regions, torch.from_numpy(cache.region_mask[at]).to(self.device), inside[at])
+                    .cpu()
+                    .numpy()
+                )
             target = metrics.normalise(cache.texts[cache.first[:-1]])
             figures = metrics.retrieval(metrics.ranks(np.concatenate(out), target, np.arange(len(lists))), bootstrap=0)
             return {"val_mean_r@1": figures["mean_r@1"]}
@@ -163,7 +172,11 @@ class Worker:
         val = self._set(run, "val") if self.comm.rank == 0 and pairs.splits().get("val") else None
 
         def after_epoch(epoch: int) -> dict[str, float]:
-            figures = metrics.retrieval(val.ranks(model, cached_text=task.cached_text), bootstrap=0) if val is not None and task.use_trunk else None
+            figures = (
+                metrics.retrieval(val.ranks(model, cached_text=task.cached_text), bootstrap=0)
+                if val is not None and task.use_trunk
+                else None
+            )
             return {"val_mean_r@1": figures["mean_r@1"]} if figures else {}
 
         checkpoints = Checkpoints(run.stage.path / "checkpoints")

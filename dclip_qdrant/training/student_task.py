@@ -48,8 +48,27 @@ class Weighted(nn.Module):
 class StudentTask:
     """See `loop.Task`. A frozen trunk is never run (its features come from the cache), nor is a frozen text tower that is the teacher's own."""
 
-    def __init__(self, model: TwoTower, recipe: Recipe, pictures: Pictures, captions: list[list[str]], cache: Cache, *, seed: int, same_base: bool, device: str = "cpu") -> None:
-        self.model, self.recipe, self.pictures, self.captions, self.cache, self.seed, self.device = model.to(device), recipe, pictures, captions, cache, seed, device
+    def __init__(
+        self,
+        model: TwoTower,
+        recipe: Recipe,
+        pictures: Pictures,
+        captions: list[list[str]],
+        cache: Cache,
+        *,
+        seed: int,
+        same_base: bool,
+        device: str = "cpu",
+    ) -> None:
+        self.model, self.recipe, self.pictures, self.captions, self.cache, self.seed, self.device = (
+            model.to(device),
+            recipe,
+            pictures,
+            captions,
+            cache,
+            seed,
+            device,
+        )
         self.size = len(captions)
         s = recipe.student
         torch.manual_seed(seed)  # low-rank starts and projections
@@ -91,7 +110,9 @@ class StudentTask:
         if self.use_trunk:
             seen = torch.from_numpy(c.trunk[index, view])
         else:
-            seen = torch.from_numpy(load_pixels(self.pictures, index, c.crop[index, view], c.flip[index, view], self.model.preprocess, self.pool))
+            seen = torch.from_numpy(
+                load_pixels(self.pictures, index, c.crop[index, view], c.flip[index, view], self.model.preprocess, self.pool)
+            )
         flat = np.concatenate([c.first[i] + caps for i, (_, caps) in zip(index, drawn, strict=True)])
         teacher_text = torch.from_numpy(c.texts[flat].astype(np.float32))
         if self.cached_text:
@@ -114,7 +135,14 @@ class StudentTask:
         if count == 0:
             return []
         rows = index[:count]
-        pick = np.array([np.random.default_rng([self.seed, epoch, int(i), 1]).choice(np.flatnonzero(c.region_mask[i])) if c.region_mask[i].any() else -1 for i in rows])
+        pick = np.array(
+            [
+                np.random.default_rng([self.seed, epoch, int(i), 1]).choice(np.flatnonzero(c.region_mask[i]))
+                if c.region_mask[i].any()
+                else -1
+                for i in rows
+            ]
+        )
         target = torch.from_numpy(np.where((pick >= 0)[:, None], c.regions[rows, pick], c.image[rows, 0]).astype(np.float32))
         if self.use_trunk:
             return [torch.from_numpy(np.where((pick >= 0)[:, None], c.region_trunk[rows, pick], c.trunk[rows, 0])), target]
@@ -125,7 +153,12 @@ class StudentTask:
 
     def part(self, batch: Batch, start: int, stop: int) -> Batch:
         c, n = self.recipe.train.captions, len(batch.seen)
-        out = Batch(batch.seen[start:stop], batch.said[start * c : stop * c], batch.teacher_image[start:stop], batch.teacher_text[start * c : stop * c])
+        out = Batch(
+            batch.seen[start:stop],
+            batch.said[start * c : stop * c],
+            batch.teacher_image[start:stop],
+            batch.teacher_text[start * c : stop * c],
+        )
         if batch.crops is None:
             return out
         r = len(batch.crops)
@@ -149,7 +182,9 @@ class StudentTask:
         return {"image": image, "text": text} | ({"regions": regions} if part.crops is not None else {})
 
     def fixed(self, batch: Batch) -> Vectors:
-        return {"image": batch.teacher_image, "text": batch.teacher_text} | ({"regions": batch.teacher_crops} if batch.crops is not None else {})
+        return {"image": batch.teacher_image, "text": batch.teacher_text} | (
+            {"regions": batch.teacher_crops} if batch.crops is not None else {}
+        )
 
     def loss(self, live: Vectors, fixed: Vectors) -> tuple[Tensor, dict[str, float]]:
         n = len(live["image"])

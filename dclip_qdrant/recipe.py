@@ -97,6 +97,7 @@ class Train(_Part):
     flip: bool = Field(False, description="mirror half of the views; off, because captions say left and right")
     lr: float = Field(1e-5, gt=0)
     text_lr: float | None = Field(None, gt=0, description="null: the same as lr")
+    projection_lr: float | None = Field(None, gt=0, description="of the output projections; null: the same as their tower's")
     layer_decay: float = Field(1.0, gt=0, le=1, description="learning rate factor from each layer to the one below it")
     weight_decay: Weight = 0.01
     warmup: Fraction = Field(0.1, description="part of all steps")

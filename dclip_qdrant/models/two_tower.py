@@ -147,6 +147,10 @@ class TwoTower(nn.Module):
         order = sorted({of(n) for n in mine})
         return [[n for n in mine if of(n) == level] for level in order]
 
+    def is_projection(self, name: str) -> bool:
+        """Whether a parameter belongs to an output projection."""
+        return bool(_OUTPUT.search(name))
+
     def choose(self, tower: str, how: str, *, last_n: int = 2, rank: int = 8, alpha: float = 16.0) -> list[str]:
         """Lets the chosen parameters of one tower learn; their names. `lora` adds low-rank updates (merge with `merge_lora`)."""
         layers = self.layers(tower)

@@ -99,7 +99,8 @@ class StudentTask:
                 plain = name.replace(".parametrizations", "").rsplit(".0.", 1)[0] if "parametrizations" in name else name
                 below = depth.get(plain, next((d for n, d in depth.items() if plain in n), 0))
                 p = params[name]
-                out.setdefault((lr * t.layer_decay**below, t.weight_decay if p.ndim >= 2 else 0.0), []).append(p)
+                rate = t.projection_lr if t.projection_lr and self.model.is_projection(plain) else lr * t.layer_decay**below
+                out.setdefault((rate, t.weight_decay if p.ndim >= 2 else 0.0), []).append(p)
         return [{"params": ps, "lr": lr, "weight_decay": wd} for (lr, wd), ps in out.items()]
 
     def batch(self, index: np.ndarray, epoch: int) -> Batch:

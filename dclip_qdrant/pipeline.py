@@ -1,6 +1,7 @@
 """The one job: runs whatever stage is missing, reuses the rest, and ends with a student folder and a table that shows what it is worth."""
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -67,7 +68,7 @@ def same_budget(recipe: Recipe, main: Recipe) -> Recipe:
     if share and not any(o.options.get("of") == "regions" for o in recipe.objectives):
         raw["train"] = other["train"] | {
             "region_share": 0.0,
-            "epochs": round(main.train.epochs * (1 + share)),
+            "epochs": math.ceil(main.train.epochs * (1 + share)),
         }  # crops are forward passes too
     return Recipe(**raw)
 

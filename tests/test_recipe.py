@@ -80,6 +80,7 @@ def test_rivals_get_the_same_trainable_set_and_budget():
     rival = same_budget(Recipe.load("sft"), main)
     assert rival.student == main.student
     assert rival.objectives == Recipe.load("sft").objectives
-    # every crop is a forward pass too: 4 epochs with half as many crops beside the pictures are 6 epochs without
-    assert rival.train.epochs * (1 + rival.train.region_share) == main.train.epochs * (1 + main.train.region_share)
+    # every crop is a forward pass too: 9 epochs with half as many crops beside the pictures are 13.5 epochs without; the rival gets the larger half
+    assert (main.train.epochs, main.train.region_share) == (9, 0.5)
+    assert (rival.train.epochs, rival.train.region_share) == (14, 0.0)
     assert rival.train.model_copy(update={"epochs": 0, "region_share": 0}) == main.train.model_copy(update={"epochs": 0, "region_share": 0})

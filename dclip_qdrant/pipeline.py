@@ -147,7 +147,7 @@ def check(job: Job) -> None:
     from dclip_qdrant.models import two_tower
     from dclip_qdrant.training.student_task import Weighted
 
-    for recipe in (job.recipe, *job.compare):
+    for recipe in (job.recipe, *(same_budget(r, job.recipe) for r in job.compare)):
         Weighted(recipe, 8, 8)
         if recipe.teacher:
             build(recipe.regions.detector, recipe.regions.options)

@@ -68,7 +68,10 @@ class Worker:
 
     def do(self, run: Run) -> None:
         """Does the run unless it is done. All ranks must call it."""
-        if run.stage.done:
+        self.comm.barrier()  # no rank may finish the run (and so make it look done) before every rank has looked
+        done = run.stage.done
+        self.comm.barrier()
+        if done:
             self.say(f"{run.label}: done before, reused")
             return
         say = lambda line: self.say(f"{run.label}: {line}")

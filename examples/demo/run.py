@@ -1,0 +1,156 @@
+"""The demo, start to end: renders scenes, makes pairs, starts a Ray head of its own, submits the job, ingests, searches, writes demo/report.html.
+
+    make demo            # or: python examples/demo/run.py [--fresh] [--seeds 0,1,2]
+
+Everything lands in demo/. A second run reuses what is there; --fresh starts over.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+
+import report
+import scenes
+
+OUT = ROOT / "demo"
+SIZES = {"train": 1000, "val": 300, "test": 600}
+BIN = Path(sys.executable).parent
+ENV = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled", "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "YOLO_OFFLINE": "true",
+       "RAY_DATA_DISABLE_PROGRESS_BARS": "1"}  # fmt: skip
+BEGAN = time.monotonic()
+
+
+def step(text: str) -> None:
+    print(f"\n[{time.monotonic() - BEGAN:5.0f} s] {text}", flush=True)
+
+
+def call(*command: str | Path, env: dict[str, str] = ENV, show: bool = False) -> str:
+    """Runs a command as a user would, shows it, and hands back its stdout (or shows that too, as it comes)."""
+    shown = " ".join(str(c) if str(c).isprintable() and " " not in str(c) else f'"{c}"' for c in command)
+    print(f"  $ {shown.replace(str(ROOT) + '/', '').replace(str(BIN) + '/', '')}", flush=True)
+    done = subprocess.run([str(c) for c in command], env=env, cwd=ROOT, stdout=None if show else subprocess.PIPE, text=True)
+    if done.returncode:
+        print(done.stdout or "")
+        sys.exit(f"that command ended with {done.returncode}")
+    return done.stdout or ""
+
+
+def render() -> None:
+    """The team's pictures and captions, the labelled pictures, and a catalogue of the test pictures with one caption each."""
+    if (OUT / "data" / "catalogue.jsonl").exists():
+        return
+    scenes.write_team(OUT / "data", **SIZES)
+    scenes.write_labelled(OUT / "labelled", 1200)
+    rows = [json.loads(line) for line in (OUT / "data" / "captions.jsonl").read_text().splitlines()]
+    # a picture is indexed with one caption and queried with its others: BM25 must not find its own words
+    catalogue = [{"file_name": r["file_name"], "caption": r["captions"][0], "split": r["split"]} for r in rows if r["split"] == "test"]
+    (OUT / "data" / "catalogue.jsonl").write_text("".join(json.dumps(r) + "\n" for r in catalogue))
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    for s in sockets:
+        s.bind(("127.0.0.1", 0))
+    ports = [s.getsockname()[1] for s in sockets]
+    for s in sockets:
+        s.close()
+    return ports
+
+
+class RayHead:
+    """A Ray head on loopback with its own ports, folder and process group; ends only what it started."""
+
+    def __enter__(self) -> "RayHead":
+        gcs, dashboard, agent, grpc, metrics, client = free_ports(6)
+        self.address = f"http://127.0.0.1:{dashboard}"
+        self.folder = tempfile.mkdtemp(prefix="dclip-ray-")
+        flags = {
+            "port": gcs, "dashboard-port": dashboard, "dashboard-agent-listen-port": agent, "dashboard-agent-grpc-port": grpc, "metrics-export-port": metrics,
+            "ray-client-server-port": client, "num-cpus": max(4, os.cpu_count() or 1), "object-store-memory": 1 << 30, "temp-dir": self.folder,
+            "node-ip-address": "127.0.0.1", "dashboard-host": "127.0.0.1", "include-dashboard": "true",
+        }  # fmt: skip
+        command = [str(BIN / "ray"), "start", "--head", "--block", "--disable-usage-stats", *(f"--{k}={v}" for k, v in flags.items())]
+        self.log = (OUT / "ray-head.log").open("w")
+        self.process = subprocess.Popen(command, env=ENV, stdout=self.log, stderr=subprocess.STDOUT, start_new_session=True)
+        for _ in range(120):
+            probe = [str(BIN / "ray"), "job", "submit", "--no-wait", "--address", self.address, "--", "true"]
+            if self.process.poll() is not None:
+                break
+            if subprocess.run(probe, env=ENV, capture_output=True).returncode == 0:
+                return self
+            time.sleep(1)
+        self.__exit__()
+        sys.exit(f"the Ray head did not start; see {OUT / 'ray-head.log'}")
+
+    def __exit__(self, *_: object) -> None:
+        for how in (signal.SIGTERM, signal.SIGKILL):
+            try:
+                os.killpg(self.process.pid, how)
+            except ProcessLookupError:
+                break
+            time.sleep(3)
+        self.process.wait()
+        self.log.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--fresh", action="store_true", help="start over")
+    parser.add_argument("--seeds", default="0,1,2")
+    args = parser.parse_args()
+    if args.fresh and OUT.exists():
+        shutil.rmtree(OUT)
+    OUT.mkdir(exist_ok=True)
+    cli, detector = BIN / "dclip-qdrant", HERE / "detector.pt"
+
+    step(f"Rendering {sum(SIZES.values()):,} scenes with five captions each")
+    render()
+    step("Pairs")
+    call(cli, "pairs", OUT / "data", "-o", OUT / "pairs", "--overwrite", "--quiet")
+    step("The one job: regions, teacher, cache, students, export, table")
+    with RayHead() as head:
+        call(BIN / "ray", "job", "submit", "--address", head.address, "--working-dir", ".", "--",
+             "python", "ray_jobs/distill.py", "--recipe", "demo", "--base", HERE / "base", "--weights", detector, "--pairs", OUT / "pairs",
+             "--labelled", OUT / "labelled", "--out", OUT, "--seeds", args.seeds, show=True)  # fmt: skip
+    print((OUT / "table.md").read_text())
+    step("Ingesting the test scenes, one caption each, with the student and with the base it came from")
+    how = ("--edge", OUT / "edge", "--detector", "yolo", "--weights", detector, "--detector-set", "image_size=128", "--quiet", "--images", OUT / "data")
+    for collection, student in (("scenes", "student"), ("scenes-before", "base")):
+        call(cli, "ingest", OUT / "data" / "catalogue.jsonl", "--student", OUT / student, "--collection", collection, "--rejects", OUT / f"{collection}-rejects.jsonl", *how)
+    step("Searching: text, hybrid, regions, picture")
+    where = ("--student", OUT / "student", "--collection", "scenes", "--edge", OUT / "edge", "-n", "3")
+    shown = scenes.scene(2_000_000).things[0].words()
+    print(call(cli, "search", f"a {shown}", *where))
+    print(call(cli, "search", f"a {shown}", "--mode", "hybrid", *where))
+    print(call(cli, "search", f"a {shown}", "--mode", "regions", *where))
+    print(call(cli, "search", "--image", OUT / "data" / "images" / "test-00000.jpg", *where))
+    step("The report")
+    report.write(OUT)
+    print(f"""
+Look at   demo/report.html
+Student   demo/student/       Collection   demo/edge/scenes       Table   demo/table.json
+
+Your own pictures, in three commands:
+
+  dclip-qdrant pairs /your/pictures -o /data/pairs
+  ray job submit --working-dir . -- python ray_jobs/distill.py --pairs /data/pairs --base ViT-B-32/openai --out /data/run
+  dclip-qdrant ingest /your/pictures --student /data/run/student --collection pictures
+""")
+    step("Done")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,6 +1,6 @@
 """Ingestion's images/s end to end over the student's bare forward images/s, and peak memory; both from one run on one machine.
 
-    python benchmarks/ingest.py --student STUDENT_DIR --pictures FOLDER_OR_PARQUET [--limit 1000]
+python benchmarks/ingest.py --student STUDENT_DIR --pictures FOLDER_OR_PARQUET [--limit 1000]
 """
 
 import argparse
@@ -33,4 +33,6 @@ began = time.perf_counter()
 report = ingest(args.pictures, Embedder(student), store, limit=args.limit)
 rate = report.embedded / (time.perf_counter() - began)
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-print(f"bare forward {bare:.1f} images/s, ingest {rate:.1f} images/s: ratio {rate / bare:.2f}; {report.embedded:,} pictures, peak {peak:.0f} MB")
+print(
+    f"bare forward {bare:.1f} images/s, ingest {rate:.1f} images/s: ratio {rate / bare:.2f}; {report.embedded:,} pictures, peak {peak:.0f} MB"
+)

@@ -27,7 +27,9 @@ def student(tmp_path_factory):
     from dclip_qdrant.models.two_tower import load
     from dclip_qdrant.student import Student
 
-    return Student.load(export(load(str(DATA / "base-clip")), tmp_path_factory.mktemp("base") / "base", name="base", metrics={}, recipe={"name": "base"}))
+    return Student.load(
+        export(load(str(DATA / "base-clip")), tmp_path_factory.mktemp("base") / "base", name="base", metrics={}, recipe={"name": "base"})
+    )
 
 
 def test_the_exported_base_scores_what_its_makers_measured(student, pairs):
@@ -35,7 +37,9 @@ def test_the_exported_base_scores_what_its_makers_measured(student, pairs):
     from dclip_qdrant import evaluation
     from dclip_qdrant.pairs import Pairs
 
-    out = evaluation.evaluate(student, Pairs.open(str(pairs)), labelled=str(DATA / "labelled" / "flowers5.parquet"), bootstrap=0, speed=False)
+    out = evaluation.evaluate(
+        student, Pairs.open(str(pairs)), labelled=str(DATA / "labelled" / "flowers5.parquet"), bootstrap=0, speed=False
+    )
     for way, wanted in (("t2i", (0.132, 0.366, 0.495)), ("i2t", (0.194, 0.418, 0.548))):
         assert [out[way][f"r@{k}"] for k in (1, 5, 10)] == pytest.approx(wanted, abs=0.003)
     assert out["zero_shot"] == pytest.approx(0.344, abs=0.005)

@@ -69,7 +69,9 @@ def clip(steps: int, batch: int) -> None:
             print(f"step {step} loss {loss.item():.3f} {time.time() - t:.0f} s", flush=True)
     (HERE / "base").mkdir(exist_ok=True)
     model.token_embedding.weight.data *= torch.zeros(49408, 1).index_fill(0, tokens.unique(), 1.0)
-    save_file({k: v.half().contiguous() for k, v in model.state_dict().items() if k != "attn_mask"}, HERE / "base/open_clip_model.safetensors")
+    save_file(
+        {k: v.half().contiguous() for k, v in model.state_dict().items() if k != "attn_mask"}, HERE / "base/open_clip_model.safetensors"
+    )
     (HERE / "base/open_clip_config.json").write_text(json.dumps(CONFIG, indent=1) + "\n")
 
 
@@ -92,7 +94,9 @@ def detector(epochs: int) -> None:
                 x0, y0, x1, y1 = (v / scenes.SIZE for v in thing.box)
                 lines.append(f"{scenes.SHAPES.index(thing.shape)} {(x0 + x1) / 2} {(y0 + y1) / 2} {x1 - x0} {y1 - y0}")
             (work / split / "labels" / f"{i}.txt").write_text("\n".join(lines))
-    (work / "data.yaml").write_text(yaml.safe_dump({"path": str(work), "train": "train/images", "val": "val/images", "names": list(scenes.SHAPES)}))
+    (work / "data.yaml").write_text(
+        yaml.safe_dump({"path": str(work), "train": "train/images", "val": "val/images", "names": list(scenes.SHAPES)})
+    )
     import ultralytics
 
     spec = yaml.safe_load((Path(ultralytics.__file__).parent / "cfg/models/11/yolo11.yaml").read_text())

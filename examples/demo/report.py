@@ -51,11 +51,21 @@ def _cell(row: dict, *path: str, scale: float = 100, digits: int = 1) -> str:
 def _table(rows: list[dict]) -> str:
     names = {"base": "the base it started from", "sft": "plain fine-tuning", "sft+wise_ft": "plain fine-tuning + WiSE-FT", "dclip": "DCLIP"}
     columns = [("t2i", "r@1"), ("t2i", "r@5"), ("t2i", "r@10"), ("i2t", "r@1"), ("i2t", "r@5"), ("i2t", "r@10")]
-    head = "<tr><th></th>" + "".join(f"<th>{'text→image' if w == 't2i' else 'image→text'}<br>R@{k[2:]}</th>" for w, k in columns) + "<th>MRR</th><th>retention</th></tr>"
+    head = (
+        "<tr><th></th>"
+        + "".join(f"<th>{'text→image' if w == 't2i' else 'image→text'}<br>R@{k[2:]}</th>" for w, k in columns)
+        + "<th>MRR</th><th>retention</th></tr>"
+    )
     body = ""
     for r in rows:
         win = ' class="win"' if r["name"] == "dclip" else ""
-        body += f"<tr{win}><td>{names.get(r['name'], r['name'])}</td>" + "".join(_cell(r, *c) for c in columns) + _cell(r, "mrr") + _cell(r, "retention", scale=1, digits=3) + "</tr>"
+        body += (
+            f"<tr{win}><td>{names.get(r['name'], r['name'])}</td>"
+            + "".join(_cell(r, *c) for c in columns)
+            + _cell(r, "mrr")
+            + _cell(r, "retention", scale=1, digits=3)
+            + "</tr>"
+        )
     return f"<table>{head}{body}</table>"
 
 
@@ -67,19 +77,29 @@ def _curve(series: dict[str, list[tuple[float, float]]], title: str, unit: str) 
     x0, x1, y0, y1 = min(xs), max(max(xs), min(xs) + 1e-6), min(ys), max(max(ys), min(ys) + 1e-6)
     pad = (y1 - y0) * 0.08
     y0, y1 = y0 - pad, y1 + pad
-    at = lambda x, y: (left + (x - x0) / (x1 - x0) * (w - left - 14), h - bottom - (y - y0) / (y1 - y0) * (h - bottom - top))  # noqa: E731
+    at = lambda x, y: (left + (x - x0) / (x1 - x0) * (w - left - 14), h - bottom - (y - y0) / (y1 - y0) * (h - bottom - top))
     out = f'<svg viewBox="0 0 {w} {h}" width="{w}" role="img" aria-label="{html.escape(title)}"><text x="{left}" y="16">{html.escape(title)}</text>'
     for i in range(4):
         v = y0 + (y1 - y0) * i / 3
         _, y = at(x0, v)
         out += f'<line x1="{left}" x2="{w - 14}" y1="{y:.1f}" y2="{y:.1f}" stroke="var(--line)"/><text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{v:.3g}</text>'
-    for x in sorted({float(f"{v:.2g}") for v in np.linspace(x0, x1, 5)} if x1 <= 1 else {round(v) for v in np.linspace(x0, x1, min(6, int(x1 - x0) + 1))}):
+    for x in sorted(
+        {float(f"{v:.2g}") for v in np.linspace(x0, x1, 5)}
+        if x1 <= 1
+        else {round(v) for v in np.linspace(x0, x1, min(6, int(x1 - x0) + 1))}
+    ):
         out += f'<text x="{at(x, y0)[0]:.1f}" y="{h - 10}" text-anchor="middle">{x:g}</text>'
     out += f'<text x="{w - 14}" y="{h - 10}" text-anchor="end" dy="-14">{unit}</text>'
     for i, (name, s) in enumerate(series.items()):
         colour = ("var(--b)", "var(--c)", "var(--a)")[i % 3]
-        out += f'<polyline fill="none" stroke="{colour}" stroke-width="2.2" points="' + " ".join(f"{a:.1f},{b:.1f}" for a, b in (at(*p) for p in s)) + '"/>'
-        out += f'<text x="{w - 20}" y="{top + 14 + 16 * i}" text-anchor="end" style="fill:{colour};font-weight:600">{html.escape(name)}</text>'
+        out += (
+            f'<polyline fill="none" stroke="{colour}" stroke-width="2.2" points="'
+            + " ".join(f"{a:.1f},{b:.1f}" for a, b in (at(*p) for p in s))
+            + '"/>'
+        )
+        out += (
+            f'<text x="{w - 20}" y="{top + 14 + 16 * i}" text-anchor="end" style="fill:{colour};font-weight:600">{html.escape(name)}</text>'
+        )
     return out + "</svg>"
 
 
@@ -92,8 +112,12 @@ def _curves(table: dict) -> str:
     if table.get("teacher"):
         history = table["teacher"]["history"]
         out += _curve({"teacher": [(r["epoch"], r["loss"]) for r in history]}, "Teacher: InfoNCE over epochs", "epoch")
-    out += _curve({n: [(r["epoch"], r["info_nce"]) for r in m["history"]] for n, m in runs.items()}, "Students: InfoNCE over epochs (train)", "epoch")
-    out += _curve({n: [(p["alpha"], p["val"]) for p in m["sweep"]] for n, m in runs.items()}, "WiSE-FT: mean validation recall over alpha", "alpha")
+    out += _curve(
+        {n: [(r["epoch"], r["info_nce"]) for r in m["history"]] for n, m in runs.items()}, "Students: InfoNCE over epochs (train)", "epoch"
+    )
+    out += _curve(
+        {n: [(p["alpha"], p["val"]) for p in m["sweep"]] for n, m in runs.items()}, "WiSE-FT: mean validation recall over alpha", "alpha"
+    )
     return f'<div class="grid">{out}</div>'
 
 
@@ -115,7 +139,7 @@ def _galleries(out: Path) -> str:
     stores = {"before": open_store("scenes-before", edge=str(out / "edge")), "after": open_store("scenes", edge=str(out / "edge"))}
     rows = [json.loads(line) for line in (out / "data" / "captions.jsonl").read_text().splitlines()]
     rows = [r for r in rows if r["split"] == "test"][:150]
-    find = lambda when, **how: search(stores[when], students[when], **how)  # noqa: E731
+    find = lambda when, **how: search(stores[when], students[when], **how)
     moved = []
     for r in rows:
         text = r["captions"][2]
@@ -169,9 +193,10 @@ def write(out: Path) -> None:
     table = json.loads((out / "table.json").read_text())
     rows = {r["name"]: r for r in table["rows"]}
     base, sft, dclip = rows["base"], rows["sft"], rows["dclip"]
-    gain = lambda a, b: f"{(a['mean_r@1'] - b['mean_r@1']) * 100:+.1f}"  # noqa: E731
+    gain = lambda a, b: f"{(a['mean_r@1'] - b['mean_r@1']) * 100:+.1f}"
     notes = "".join(
-        f"<li>{c['of']} minus {c['than']}: {c['difference'] * 100:+.1f} points, 95% paired-bootstrap interval {c['ci'][0] * 100:+.1f} to {c['ci'][1] * 100:+.1f}</li>" for c in table["comparisons"]
+        f"<li>{c['of']} minus {c['than']}: {c['difference'] * 100:+.1f} points, 95% paired-bootstrap interval {c['ci'][0] * 100:+.1f} to {c['ci'][1] * 100:+.1f}</li>"
+        for c in table["comparisons"]
     )
     kept = "–" if dclip["retention"] is None else f"{dclip['retention']:.3f}"
     page = f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>dclip-qdrant demo</title><style>{STYLE}</style></head><body>

@@ -127,9 +127,32 @@ def main() -> None:
              "--labelled", OUT / "labelled", "--out", OUT, "--seeds", args.seeds, show=True)  # fmt: skip
     print((OUT / "table.md").read_text())
     step("Ingesting the test scenes, one caption each, with the student and with the base it came from")
-    how = ("--edge", OUT / "edge", "--detector", "yolo", "--weights", detector, "--detector-set", "image_size=128", "--quiet", "--images", OUT / "data")
+    how = (
+        "--edge",
+        OUT / "edge",
+        "--detector",
+        "yolo",
+        "--weights",
+        detector,
+        "--detector-set",
+        "image_size=128",
+        "--quiet",
+        "--images",
+        OUT / "data",
+    )
     for collection, student in (("scenes", "student"), ("scenes-before", "base")):
-        call(cli, "ingest", OUT / "data" / "catalogue.jsonl", "--student", OUT / student, "--collection", collection, "--rejects", OUT / f"{collection}-rejects.jsonl", *how)
+        call(
+            cli,
+            "ingest",
+            OUT / "data" / "catalogue.jsonl",
+            "--student",
+            OUT / student,
+            "--collection",
+            collection,
+            "--rejects",
+            OUT / f"{collection}-rejects.jsonl",
+            *how,
+        )
     step("Searching: text, hybrid, regions, picture")
     where = ("--student", OUT / "student", "--collection", "scenes", "--edge", OUT / "edge", "-n", "3")
     shown = scenes.scene(2_000_000).things[0].words()
@@ -139,7 +162,7 @@ def main() -> None:
     print(call(cli, "search", "--image", OUT / "data" / "images" / "test-00000.jpg", *where))
     step("The report")
     report.write(OUT)
-    print(f"""
+    print("""
 Look at   demo/report.html
 Student   demo/student/       Collection   demo/edge/scenes       Table   demo/table.json
 

@@ -31,7 +31,12 @@ class Thing:
     box: tuple[int, int, int, int]  # x0, y0, x1, y1 in pixels
 
     def words(self, *, size: bool = False, pattern: bool = True) -> str:
-        said = [("large" if self.large else "small") if size else "", self.pattern if pattern and self.pattern != "plain" else "", self.colour, self.shape]
+        said = [
+            ("large" if self.large else "small") if size else "",
+            self.pattern if pattern and self.pattern != "plain" else "",
+            self.colour,
+            self.shape,
+        ]
         return " ".join(w for w in said if w)
 
 
@@ -46,7 +51,7 @@ def _mask(shape: str, n: int) -> Image.Image:
     """The shape as a white-on-black mask of n x n pixels."""
     m = Image.new("L", (n, n))
     d = ImageDraw.Draw(m)
-    at = lambda *xy: [(x * (n - 1), y * (n - 1)) for x, y in xy]  # noqa: E731
+    at = lambda *xy: [(x * (n - 1), y * (n - 1)) for x, y in xy]
     if shape == "circle":
         d.ellipse((0, 0, n - 1, n - 1), 255)
     elif shape == "square":

@@ -89,6 +89,14 @@ class Worker:
             self._sets["labelled", run.labelled] = LabelledSet(run.labelled, self.device)
         return self._sets.get(("labelled", run.labelled))
 
+    def _base_accuracy(self, run: Run, model: two_tower.TwoTower, start: dict[str, torch.Tensor]) -> float:
+        """Zero-shot accuracy of the weights that every run of this model starts from; measured once."""
+        key = ("base accuracy", run.labelled, run.student)
+        if key not in self._sets:
+            model.load_weights(start)
+            self._sets[key] = self._labelled(run).accuracy(model)
+        return self._sets[key]
+
     def _base(self, run: Run, say: Say) -> None:
         if self.comm.rank:
             return
@@ -195,10 +203,7 @@ class Worker:
         model.merge_lora()
         end = model.weights()
         labelled = self._labelled(run)
-        base_accuracy = None
-        if labelled:
-            model.load_weights(start)
-            base_accuracy = labelled.accuracy(model)
+        base_accuracy = self._base_accuracy(run, model, start) if labelled else None
         sweep = []
         for alpha in recipe.keep.wise_ft:
             model.load_weights(interpolate_to(start, end, alpha))

@@ -52,7 +52,7 @@ def render() -> None:
     if (OUT / "data" / "catalogue.jsonl").exists():
         return
     scenes.write_team(OUT / "data", **SIZES)
-    scenes.write_labelled(OUT / "labelled", 1200)
+    scenes.write_labelled(OUT / "labelled", 800)
     rows = [json.loads(line) for line in (OUT / "data" / "captions.jsonl").read_text().splitlines()]
     # a picture is indexed with one caption and queried with its others: BM25 must not find its own words
     catalogue = [{"file_name": r["file_name"], "caption": r["captions"][0], "split": r["split"]} for r in rows if r["split"] == "test"]

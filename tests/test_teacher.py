@@ -153,8 +153,17 @@ def cache(n, captions, d=32):
 
     rng = np.random.default_rng(0)
     first = np.concatenate([[0], np.cumsum(captions)])
-    return Cache([f"k{i}" for i in range(n)], np.zeros((n, 1, 4), np.float32), np.zeros((n, 1), bool), np.zeros((n, 1, 0), np.float16), rng.normal(size=(n, 1, d)).astype(np.float16),
-                 rng.normal(size=(n, 2, d)).astype(np.float16), np.ones((n, 2), bool), rng.normal(size=(first[-1], d)).astype(np.float16), first)  # fmt: skip
+    return Cache(
+        keys=[f"k{i}" for i in range(n)],
+        crop=np.zeros((n, 1, 4), np.float32),
+        flip=np.zeros((n, 1), bool),
+        trunk=np.zeros((n, 1, 0), np.float16),
+        image=rng.normal(size=(n, 1, d)).astype(np.float16),
+        regions=rng.normal(size=(n, 2, d)).astype(np.float16),
+        region_mask=np.ones((n, 2), bool),
+        texts=rng.normal(size=(first[-1], d)).astype(np.float16),
+        first=first,
+    )
 
 
 def test_the_sound_teacher_never_fuses_the_caption_it_is_scored_against(tiny):

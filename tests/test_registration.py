@@ -1,0 +1,224 @@
+"""The student as fastembed models: the same vectors as ours, through qdrant-client's every way in, in workers, and in apps that never mention us."""
+
+import json
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+pytest.importorskip("fastembed", reason="the fastembed extra is not installed")
+
+from dclip_qdrant import autoregister, registration
+from dclip_qdrant.errors import UsageError
+from dclip_qdrant.images import open_rgb, read
+from dclip_qdrant.student import Student
+
+TEXTS = ["a red ball", "two dogs &amp; a “cat” ﬁne", "ＦＵＬＬ  width\n text", "word " * 90]
+
+
+@pytest.fixture(autouse=True)
+def _clean(monkeypatch):
+    """What a test registers is gone after it."""
+    monkeypatch.setenv(registration.ENV, "")
+    for known in (registration._names, registration._spelled, registration._loaded):
+        known.clear()
+
+
+@pytest.fixture
+def pictures(tmp_path) -> list[Path]:
+    """RGB, palette, transparent, greyscale, and one that lies on its side."""
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8))
+    noise.save(tmp_path / "rgb.png")
+    noise.quantize(8).save(tmp_path / "palette.png")
+    alpha = noise.convert("RGBA")
+    alpha.putalpha(100)
+    alpha.save(tmp_path / "alpha.png")
+    noise.convert("L").save(tmp_path / "grey.jpg")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    noise.save(tmp_path / "turned.jpg", exif=exif)
+    return sorted(tmp_path.iterdir())
+
+
+def test_what_we_use_of_fastembed_is_there():
+    import inspect
+
+    from fastembed import ImageEmbedding, LateInteractionMultimodalEmbedding, TextEmbedding
+    from fastembed.common.model_description import DenseModelDescription, ModelSource
+
+    for cls in (TextEmbedding, ImageEmbedding, LateInteractionMultimodalEmbedding):
+        assert isinstance(cls.EMBEDDINGS_REGISTRY, list)
+        assert all(callable(m._list_supported_models) for m in cls.EMBEDDINGS_REGISTRY)
+    given = inspect.signature(DenseModelDescription).parameters
+    assert {"model", "sources", "model_file", "description", "license", "size_in_GB", "dim"} <= set(given)
+    assert "hf" in inspect.signature(ModelSource).parameters
+
+
+def test_apps_get_the_command_lines_vectors(student_folder, pictures):
+    from fastembed import ImageEmbedding, LateInteractionMultimodalEmbedding, TextEmbedding
+
+    name = registration.register(student_folder)
+    student = Student.load(student_folder)
+    assert name == student.model_name
+    for called in (name, name.upper(), f"dclip/{student.name}"):
+        text, image = TextEmbedding(called), ImageEmbedding(called)
+        np.testing.assert_allclose(np.stack(list(text.embed(TEXTS))), student.embed_texts(TEXTS), atol=1e-5)
+        ours = student.embed_images([open_rgb(read(p), p) for p in pictures])
+        np.testing.assert_allclose(np.stack(list(image.embed(pictures))), ours, atol=1e-5)
+        np.testing.assert_allclose(np.stack(list(image.embed([Image.open(p) for p in pictures]))), ours, atol=1e-5)
+    assert text.embedding_size == image.embedding_size == student.dim
+    np.testing.assert_allclose(next(iter(text.query_embed("a red ball"))), student.embed_texts(["a red ball"])[0], atol=1e-5)
+    assert text.token_count("a red ball") == 5  # three words, start, end
+    regions = LateInteractionMultimodalEmbedding(name)
+    assert next(iter(regions.embed_text("a red ball"))).shape == (1, student.dim)
+    rows = next(iter(regions.embed_image(str(pictures[0]))))
+    assert rows.shape == (1 + registration.TOP_K, student.dim)
+    np.testing.assert_allclose(rows[0], ours[0], atol=1e-5)
+
+
+def test_through_qdrant_client(student_folder, pictures):
+    from qdrant_client import QdrantClient, models
+
+    name = registration.register(student_folder)
+    student = Student.load(student_folder)
+    client = QdrantClient(":memory:")
+    vectors = {
+        "image": models.VectorParams(size=client.get_embedding_size(name), distance=models.Distance.COSINE),
+        "regions": models.VectorParams(size=student.dim, distance=models.Distance.COSINE, hnsw_config=models.HnswConfigDiff(m=0),
+                                       multivector_config=models.MultiVectorConfig(comparator=models.MultiVectorComparator.MAX_SIM)),
+    }  # fmt: skip
+    client.create_collection("c", vectors_config=vectors)
+    points = [
+        models.PointStruct(id=i, vector={"image": models.Image(image=str(p), model=name), "regions": models.Image(image=str(p), model=name + "/regions")}, payload={"name": p.name})
+        for i, p in enumerate(pictures)
+    ]  # fmt: skip
+    client.upsert("c", points)
+    ours = student.embed_images([open_rgb(read(p), p) for p in pictures])
+    stored = {r.id: np.array(r.vector["image"]) for r in client.retrieve("c", range(len(pictures)), with_vectors=True)}
+    for i, v in enumerate(ours):
+        np.testing.assert_allclose(stored[i], v, atol=1e-5)
+    scores = ours @ student.embed_texts(["a red ball"])[0]
+    found = client.query_points("c", query=models.Document(text="a red ball", model=name), using="image", limit=5).points
+    np.testing.assert_allclose([h.score for h in found], np.sort(scores)[::-1], atol=1e-5)
+    found = client.query_points("c", query=models.Image(image=str(pictures[2]), model=name), using="image", limit=1).points
+    assert (found[0].payload["name"], round(found[0].score, 4)) == (pictures[2].name, 1.0)
+    rescored = client.query_points(
+        "c", prefetch=models.Prefetch(query=models.Document(text="a red ball", model=name), using="image", limit=5),
+        query=models.Document(text="a red ball", model=name + "/regions"), using="regions", limit=5,
+    ).points  # fmt: skip
+    assert len(rescored) == 5
+    assert all(r.score >= scores[r.id] - 1e-5 for r in rescored)  # the whole picture is one of the rows
+    recommended = client.query_points("c", query=models.RecommendQuery(recommend=models.RecommendInput(positive=[models.Document(text="a red ball", model=name)])),
+                                      using="image", limit=5).points  # fmt: skip
+    assert [r.id for r in recommended] == list(np.argsort(-scores))
+
+
+def test_a_second_student_of_the_same_name_is_refused(student_folder, other_student, tmp_path):
+    name = registration.register(student_folder)
+    assert registration.register(student_folder) == name  # twice is fine
+    with pytest.raises(UsageError, match="one student a name"):
+        registration.register(other_student)
+    second = registration.register(other_student, alias=False)
+    assert second != name
+    alias = "dclip/" + Student.load(student_folder).name
+    assert registration.registered()[alias] == str(student_folder.resolve())
+    registration.register(other_student, replace=True)
+    assert registration.registered()[alias] == str(other_student.resolve())
+
+
+def test_a_broken_folder_warns_and_never_stops_the_app(tmp_path, monkeypatch):
+    monkeypatch.setenv(registration.ENV, str(tmp_path / "gone"))
+    with pytest.warns(RuntimeWarning, match="no such folder"):
+        registration.register_environment()
+
+
+APP = """
+import sys
+from qdrant_client import QdrantClient, models
+{register}
+NAME = {name!r}
+
+def main():
+    client = QdrantClient(":memory:", local_inference_batch_size=2)
+    client.create_collection("c", vectors_config={{"image": models.VectorParams(size=client.get_embedding_size(NAME), distance=models.Distance.COSINE)}})
+    points = [models.PointStruct(id=i, vector={{"image": models.Image(image=p, model=NAME)}}) for i, p in enumerate(sys.argv[1:])]
+    client.upload_points("c", points, batch_size=2, parallel=2)
+    assert client.count("c").count == len(points)
+    import json
+    print(json.dumps([r.vector["image"] for r in client.retrieve("c", range(len(points)), with_vectors=True)]))
+
+if __name__ == "__main__":
+    {inside}
+    main()
+"""
+
+
+def _run_app(tmp_path: Path, source: str, pictures: list[Path], env: dict[str, str] | None = None) -> np.ndarray:
+    app = tmp_path / "app.py"
+    app.write_text(source)
+    clean = {k: v for k, v in os.environ.items() if k != registration.ENV} | {"HF_HUB_OFFLINE": "1"} | (env or {})
+    done = subprocess.run([sys.executable, str(app), *map(str, pictures)], capture_output=True, text=True, env=clean, timeout=240)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return np.array(json.loads(done.stdout.splitlines()[-1]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["top", "guarded"])
+def test_upload_points_in_parallel(student_folder, pictures, tmp_path, where):
+    """qdrant-client's workers are fresh processes: they must know the student, wherever the app registered it."""
+    student = Student.load(student_folder)
+    line = f"import dclip_qdrant; dclip_qdrant.register({str(student_folder)!r})"
+    source = APP.format(register=line if where == "top" else "", inside=line if where == "guarded" else "pass", name=student.model_name)
+    vectors = _run_app(tmp_path, source, pictures)
+    np.testing.assert_allclose(vectors, student.embed_images([open_rgb(read(p), p) for p in pictures]), atol=1e-5)
+
+
+@pytest.mark.slow
+def test_an_unmodified_app_with_autoregister(student_folder, pictures, tmp_path):
+    """In an environment of its own: enable, run an app that never mentions us, disable, and it no longer knows the name."""
+    env = tmp_path / "env"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(env)], check=True)
+    python = env / "bin" / "python"
+    packages = subprocess.run(
+        [str(python), "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])"], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    # the child environment sees what this one has: the packages and the checkout
+    paths = [p for p in sys.path if p.endswith("site-packages")] + [str(Path(__file__).resolve().parent.parent)]
+    Path(packages, "_parent.pth").write_text("\n".join(paths) + "\n")
+    cli = lambda *a: subprocess.run([str(python), "-m", "dclip_qdrant.cli", "autoregister", *a], capture_output=True, text=True)
+    done = cli("--enable", str(student_folder))
+    assert done.returncode == 0, done.stderr
+    assert str(student_folder) in cli("--status").stdout
+    student = Student.load(student_folder)
+    app = tmp_path / "app.py"
+    app.write_text(APP.format(register="", inside="pass", name=f"dclip/{student.name}"))
+    run = lambda **more: subprocess.run(
+        [str(python), str(app), *map(str, pictures)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", **more},
+        timeout=240,
+    )
+    done = run()
+    assert done.returncode == 0, done.stderr[-2000:]
+    ours = student.embed_images([open_rgb(read(p), p) for p in pictures])
+    np.testing.assert_allclose(np.array(json.loads(done.stdout.splitlines()[-1])), ours, atol=1e-5)
+    off = run(DCLIP_AUTOREGISTER="0")
+    assert off.returncode != 0
+    assert "Unsupported embedding model: dclip/tiny" in off.stderr
+    assert cli("--disable").returncode == 0
+    assert not Path(packages, autoregister.PTH).exists()
+    assert not Path(packages, autoregister.LIST).exists()
+    assert run().returncode != 0
+
+
+def test_the_hook_is_silent_where_nothing_is_listed(monkeypatch, tmp_path):
+    monkeypatch.setattr(autoregister, "site", lambda: str(tmp_path))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        autoregister.register_listed()

@@ -51,9 +51,9 @@ def specs_folder() -> Path:
     return inside if inside.is_dir() else Path(__file__).parent.parent / "schemas" / "collections"
 
 
-def metadata_of(student: Any) -> dict[str, Any]:
-    """What a collection remembers of the student that fills it."""
-    return {META: {"student": student.model_name, "fingerprint": student.fingerprint, "dim": student.dim, "version": 1}}
+def metadata_of(student: Any, **more: Any) -> dict[str, Any]:
+    """What a collection remembers of the student that fills it, and what else is given."""
+    return {META: {"student": student.model_name, "fingerprint": student.fingerprint, "dim": student.dim, "version": 1} | more}
 
 
 def check_student(metadata: dict[str, Any], student: Any, collection: str) -> None:

@@ -7,7 +7,7 @@ from dclip_qdrant.collection import CollectionSpec, check_student, metadata_of
 from dclip_qdrant.errors import MismatchError, PointError, StoreError, UsageError
 from dclip_qdrant.ingest import point_id
 from dclip_qdrant.metrics import normalise
-from dclip_qdrant.stores import Condition, Point, Query, open_store, rrf
+from dclip_qdrant.stores import Condition, Point, Query, open_store, place, rrf
 from dclip_qdrant.stores.exact import Exact
 
 D = 8
@@ -105,8 +105,9 @@ def test_bm25_ranks_exact_words_first(full):
 def test_fusion_is_weighted_rrf_of_the_two_lists(full):
     dense = [h.id for h in full.query(Query(limit=100, vector=q()))]
     words = [h.id for h in full.query(Query(limit=100, text="blue star"))]
-    for weights in ((1.0, 1.0), (3.0, 1.0)):
-        wanted = rrf([dense, words], weights, 60)
+    regions = [h.id for h in full.query(Query(limit=100, vector=q(), rescore=q()[None]))]
+    for weights in ((1.0, 1.0, 0.0), (3.0, 1.0, 0.0), (1.0, 0.5, 2.0)):
+        wanted = rrf([dense, words, regions], weights, 60)
         hits = full.query(Query(limit=10, vector=q(), text="blue star", weights=weights))
         # BM25 ties may stand in another order from call to call: compare scores
         np.testing.assert_allclose([h.score for h in hits], sorted(wanted.values(), reverse=True)[:10], atol=2e-3)
@@ -120,7 +121,30 @@ def test_rrf_by_hand():
 
 
 def test_a_zero_weight_leaves_a_source_out(full, truth):
-    same(full, truth, Query(limit=10, vector=q(), text="blue", weights=(1.0, 0.0)))
+    same(full, truth, Query(limit=10, vector=q(), text="blue", weights=(1.0, 0.0, 0.0)))
+
+
+def test_regions_alone_are_max_sim_among_the_dense_candidates(full, truth):
+    same(full, truth, Query(limit=10, vector=q(), weights=(0.0, 0.0, 1.0), candidates=20))
+    hits = full.query(Query(limit=3, vector=q(), with_image=True, with_regions=True))
+    for h in hits:
+        assert h.score == pytest.approx(float(h.image @ q()), abs=1e-3)
+        assert h.regions.shape[1] == h.image.shape[0]
+
+
+def test_facets_count_points_by_value(full):
+    counted = {}
+    for p in points(40):
+        for label in set(p.payload["labels"]):
+            counted[label] = counted.get(label, 0) + 1
+    assert dict(full.facet("labels", 50)) == counted
+
+
+def test_metadata_can_be_changed(full):
+    metadata = full.metadata()
+    full.set_metadata(metadata | {"note": 3})
+    assert full.metadata()["note"] == 3
+    assert full.metadata()["dclip"] == metadata["dclip"]
 
 
 def test_upsert_replaces_and_payloads_come_back(full):
@@ -214,3 +238,27 @@ def test_wrong_specs_get_one_clear_line(tmp_path):
     (tmp_path / "x.toml").write_text("[vectors.image]\nquantisation = 'int8'\n")
     with pytest.raises(UsageError, match="quantisation"):
         CollectionSpec.load(tmp_path / "x.toml")
+
+
+@pytest.mark.parametrize("kind", ["edge", "memory"])
+def test_aliases_are_second_names_that_one_call_moves(kind, tmp_path):
+    where = place(edge=str(tmp_path)) if kind == "edge" else place(url=":memory:")
+    spec = CollectionSpec.load()
+    for name in ("old", "new"):
+        store = where.open(name)
+        store.create(spec, 8, {"dclip": {"student": name, "fingerprint": name}})
+        store.close() if kind == "edge" else None
+    assert where.collections() == ["new", "old"]
+    where.point("live", "old")
+    assert where.aliases() == {"live": "old"}
+    assert where.open("live").metadata()["dclip"]["student"] == "old"
+    where.point("live", "new")
+    assert where.open("live").metadata()["dclip"]["student"] == "new"
+    with pytest.raises(StoreError, match="point the alias elsewhere"):
+        where.drop("new")
+    where.drop("old")
+    assert where.collections() == ["new"]
+    for alias, collection in (("live", "gone"), ("new", "new")):
+        with pytest.raises(StoreError):
+            where.point(alias, collection)
+    assert where.aliases() == {"live": "new"}

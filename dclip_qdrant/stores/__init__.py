@@ -1,4 +1,4 @@
-"""Stores: where collections live. One interface, one file an engine; `open_store` picks."""
+"""Stores: where collections live. One interface, one file an engine; `place` picks."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -23,12 +23,13 @@ class Point:
 
 @dataclass
 class Hit:
-    """One picture that was found; `regions` [R, D] where asked for."""
+    """One picture that was found; its vectors, `regions` [R, D] and `image` [D], where asked for."""
 
     id: str
     score: float
     payload: dict[str, Any]
     regions: np.ndarray | None = None
+    image: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -42,17 +43,20 @@ class Condition:
 
 @dataclass(frozen=True)
 class Query:
-    """What every store can answer. Sources given together are fused by weighted RRF; `rescore` then orders the candidates by MaxSim on `regions`."""
+    """What every store can answer. Sources with a weight are fused by weighted RRF: dense (`vector`), BM25 (`text`), and the dense candidates in the order of
+    MaxSim on `regions`. `rescore` then orders the candidates by MaxSim alone."""
 
     limit: int
     vector: np.ndarray | None = None  # [D] against `image`
     text: str | None = None  # BM25 over `caption`
     rescore: np.ndarray | None = None  # [Q, D] against `regions`
-    weights: tuple[float, float] = (1.0, 1.0)  # dense, text
+    weights: tuple[float, float, float] = (1.0, 1.0, 0.0)  # dense, BM25, regions
     rrf_k: int = 60
     candidates: int = 100
     where: tuple[Condition, ...] = ()
     with_regions: bool = False
+    with_image: bool = False
+    with_payload: bool = True
     exclude: tuple[str, ...] = field(default=())
 
 
@@ -64,18 +68,35 @@ class Store(Protocol):
     def exists(self) -> bool: ...
     def create(self, spec: CollectionSpec, dim: int, metadata: dict[str, Any]) -> None: ...
     def metadata(self) -> dict[str, Any]: ...
+    def set_metadata(self, metadata: dict[str, Any]) -> None: ...  # all of it
     def describe(self) -> dict[str, Any]: ...
     def count(self) -> int: ...
-    def payloads(self, ids: list[str], keys: list[str]) -> dict[str, dict[str, Any]]: ...
+    def payloads(self, ids: list[str], keys: list[str] | None) -> dict[str, dict[str, Any]]: ...  # None: whole
     def upsert(self, points: list[Point]) -> None: ...
     def query(self, query: Query) -> list[Hit]: ...
+    def facet(self, key: str, limit: int) -> list[tuple[str, int]]: ...  # values of a keyword field, the most frequent first
     def scroll(self, *, with_vectors: bool = False) -> Iterable[Point]: ...
     def finish(self) -> None: ...  # after a bulk load: build what makes queries fast
     def close(self) -> None: ...
 
 
-def open_store(collection: str, *, url: str | None = None, edge: str | None = None, api_key: str | None = None) -> Store:
-    """The collection behind a server's URL (`:memory:` for tests), or embedded in a folder (qdrant-edge).
+class Place(Protocol):
+    """An engine that holds collections; aliases are second names of collections, and one call moves one."""
+
+    where: str
+
+    def collections(self) -> list[str]: ...
+    def aliases(self) -> dict[str, str]: ...
+    def point(self, alias: str, collection: str) -> None: ...
+    def drop(self, collection: str) -> None: ...
+    def open(
+        self, name: str, *, alone: bool = False
+    ) -> Store: ...  # by name or alias; it need not exist yet; `alone`: closing it closes the place
+    def close(self) -> None: ...
+
+
+def place(*, url: str | None = None, edge: str | None = None, api_key: str | None = None) -> Place:
+    """A server (`:memory:` for tests), or a folder of embedded collections (qdrant-edge).
 
     Raises:
         UsageError: both or neither. MissingExtra: qdrant-edge isn't installed.
@@ -83,13 +104,23 @@ def open_store(collection: str, *, url: str | None = None, edge: str | None = No
     if (url is None) == (edge is None):
         raise UsageError("store", "both --url and --edge" if url else "neither --url nor --edge", "one of them")
     if url is not None:
-        from dclip_qdrant.stores.qdrant import Qdrant
+        from dclip_qdrant.stores.qdrant import Server
 
-        return Qdrant(collection, url, api_key=api_key)
+        return Server(url, api_key=api_key)
     need("qdrant_edge", "an embedded collection (--edge)")
-    from dclip_qdrant.stores.edge import Edge
+    from dclip_qdrant.stores.edge import Folder
 
-    return Edge(collection, str(edge))
+    return Folder(str(edge))
+
+
+def open_store(collection: str, *, url: str | None = None, edge: str | None = None, api_key: str | None = None) -> Store:
+    """One collection of a `place`; the same errors."""
+    return place(url=url, edge=edge, api_key=api_key).open(collection, alone=True)
+
+
+def pick(payload: dict[str, Any], keys: list[str] | None) -> dict[str, Any]:
+    """Those keys of a payload, None where it has none; all of it without `keys`."""
+    return dict(payload) if keys is None else {k: payload.get(k) for k in keys}
 
 
 def rrf(lists: list[list[str]], weights: tuple[float, ...], k: int) -> dict[str, float]:

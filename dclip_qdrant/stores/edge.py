@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,59 @@ import qdrant_edge as E
 
 from dclip_qdrant.collection import CollectionSpec
 from dclip_qdrant.errors import PointError, StoreError
-from dclip_qdrant.stores import Condition, Hit, Point, Query
+from dclip_qdrant.stores import Condition, Hit, Point, Query, pick
+
+ALIASES = "aliases.json"
+
+
+class Folder:
+    """A folder of embedded collections; `aliases.json` in it holds their second names, which the engine itself has none of."""
+
+    def __init__(self, path: str) -> None:
+        self.path, self.where = Path(path), path
+        self._open: dict[str, Edge] = {}  # a shard can be open once
+
+    def collections(self) -> list[str]:
+        return sorted(p.parent.name for p in self.path.glob("*/collection.json"))
+
+    def aliases(self) -> dict[str, str]:
+        try:
+            return json.loads((self.path / ALIASES).read_text())
+        except FileNotFoundError:
+            return {}
+
+    def point(self, alias: str, collection: str) -> None:
+        if collection not in self.collections():
+            raise StoreError(self.path, f"no collection {collection!r}", ", ".join(self.collections()))
+        if alias in self.collections():
+            raise StoreError(self.path, f"{alias!r} is a collection, not an alias", "another name")
+        _write_json(self.path / ALIASES, self.aliases() | {alias: collection})
+
+    def drop(self, collection: str) -> None:
+        if collection in self.aliases().values():
+            raise StoreError(self.path, f"{collection!r} is what an alias points at", do="point the alias elsewhere first")
+        facts = self.path / collection / "collection.json"
+        if not facts.is_file():
+            raise StoreError(self.path, f"no collection {collection!r}", ", ".join(self.collections()))
+        facts.unlink()  # first: what is left over looks like nothing
+        shutil.rmtree(self.path / collection)
+
+    def open(self, name: str, *, alone: bool = False) -> "Edge":
+        name = self.aliases().get(name, name)
+        if name not in self._open:
+            self._open[name] = Edge(name, str(self.path))
+        return self._open[name]
+
+    def close(self) -> None:
+        for store in self._open.values():
+            store.close()
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".partial")
+    part.write_text(json.dumps(value, indent=1) + "\n")
+    os.replace(part, path)
 
 
 class Edge:
@@ -66,9 +119,10 @@ class Edge:
         for key, kind in spec.payload_indexes.items():
             params = E.TextIndexParams(tokenizer=E.TokenizerType.Word, scoring=E.TextScoringParams()) if kind == "bm25" else kinds[kind]
             self._try(lambda k=key, p=params: self._shard.update(E.UpdateOperation.create_field_index(k, p)))
-        part = self._facts.with_suffix(".partial")
-        part.write_text(json.dumps({"metadata": metadata, "dim": dim, "spec": spec.model_dump(mode="json")}, indent=1) + "\n")
-        os.replace(part, self._facts)
+        _write_json(self._facts, {"metadata": metadata, "dim": dim, "spec": spec.model_dump(mode="json")})
+
+    def set_metadata(self, metadata: dict[str, Any]) -> None:
+        _write_json(self._facts, json.loads(self._facts.read_text()) | {"metadata": metadata})
 
     def metadata(self) -> dict[str, Any]:
         return json.loads(self._facts.read_text())["metadata"] if self.exists() else {}
@@ -82,11 +136,11 @@ class Edge:
     def count(self) -> int:
         return self._open().count(E.CountRequest(exact=True, filter=None))
 
-    def payloads(self, ids: list[str], keys: list[str]) -> dict[str, dict[str, Any]]:
+    def payloads(self, ids: list[str], keys: list[str] | None) -> dict[str, dict[str, Any]]:
         if not ids:
             return {}
         found = self._try(lambda: self._open().retrieve(ids, True, False))
-        return {str(r.id): {k: (r.payload or {}).get(k) for k in keys} for r in found}
+        return {str(r.id): pick(r.payload or {}, keys) for r in found}
 
     def upsert(self, points: list[Point]) -> None:
         rows = []
@@ -102,25 +156,34 @@ class Edge:
 
     def query(self, query: Query) -> list[Hit]:
         shard, where = self._open(), _filter(query.where, query.exclude)
-        sources = []
+        live: list[tuple[Any, float, list[Any]]] = []  # query, weight, what it chooses from
         if query.vector is not None:
-            sources.append((E.Query.Nearest(query.vector.tolist(), using="image"), query.weights[0]))
+            dense = E.Query.Nearest(query.vector.tolist(), using="image")
+            live.append((dense, query.weights[0], []))
+            by_region = E.Query.Nearest([query.vector.tolist()], using="regions")
+            live.append((by_region, query.weights[2], [E.Prefetch(limit=query.candidates, query=dense, filter=where)]))
         if query.text is not None:
-            sources.append((E.TextQuery("caption", query.text), query.weights[1]))
-        kinds: list[str] = ["regions"] if query.with_regions else []
-        how: dict[str, Any] = {"limit": query.limit, "with_payload": True, "with_vector": kinds or False}
-        live = [(q, w) for q, w in sources if w > 0]
-        prefetch = [E.Prefetch(limit=query.candidates, query=q, filter=where) for q, _ in live]
-        fusion = E.Fusion.Rrf(k=query.rrf_k, weights=[w for _, w in live])
+            live.append((E.TextQuery("caption", query.text), query.weights[1], []))
+        live = [one for one in live if one[1] > 0]
+        kinds = (["regions"] if query.with_regions else []) + (["image"] if query.with_image else [])
+        how: dict[str, Any] = {"limit": query.limit, "with_payload": query.with_payload, "with_vector": kinds or False}
+        prefetch = [E.Prefetch(limit=query.candidates, query=q, filter=None if inner else where, prefetches=inner) for q, _, inner in live]
+        fusion = E.Fusion.Rrf(k=query.rrf_k, weights=[w for _, w, _ in live])
         if query.rescore is not None:
             inner = prefetch if len(prefetch) == 1 else [E.Prefetch(limit=query.candidates, query=fusion, prefetches=prefetch)]
             request = E.QueryRequest(query=E.Query.Nearest(query.rescore.tolist(), using="regions"), prefetches=inner, **how)
-        elif len(live) == 1:
+        elif len(live) == 1 and not live[0][2]:
             request = E.QueryRequest(query=live[0][0], filter=where, **how)
+        elif len(live) == 1:
+            request = E.QueryRequest(query=live[0][0], prefetches=live[0][2], **how)
         else:
             request = E.QueryRequest(query=fusion, prefetches=prefetch, **how)
         found = self._try(lambda: shard.query(request))
-        return [Hit(str(h.id), float(h.score), dict(h.payload or {}), _matrix(h.vector)) for h in found]
+        return [Hit(str(h.id), float(h.score), dict(h.payload or {}), *_vectors(h.vector)) for h in found]
+
+    def facet(self, key: str, limit: int) -> list[tuple[str, int]]:
+        found = self._try(lambda: self._open().facet(E.FacetRequest(key, limit=limit, exact=True)))
+        return [(str(h.value), h.count) for h in found.hits]
 
     def scroll(self, *, with_vectors: bool = False) -> Iterator[Point]:
         offset = None
@@ -131,7 +194,7 @@ class Edge:
             for r in rows:
                 v = r.vector or {}
                 image = np.asarray(v["image"], np.float32) if with_vectors else np.zeros(0, np.float32)
-                yield Point(str(r.id), image, _matrix(v), dict(r.payload or {}))
+                yield Point(str(r.id), image, _vectors(v)[0], dict(r.payload or {}))
             if offset is None:
                 return
 
@@ -146,9 +209,10 @@ class Edge:
             self._shard = None
 
 
-def _matrix(vectors: Any) -> np.ndarray | None:
-    rows = vectors.get("regions") if isinstance(vectors, dict) else None
-    return np.asarray(rows, np.float32) if rows is not None else None
+def _vectors(found: Any) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """`regions` and `image` of a point, where they came along."""
+    found = found if isinstance(found, dict) else {}
+    return tuple(np.asarray(found[k], np.float32) if found.get(k) is not None else None for k in ("regions", "image"))
 
 
 def _filter(where: tuple[Condition, ...], exclude: tuple[str, ...]) -> Any:

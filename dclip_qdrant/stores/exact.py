@@ -6,10 +6,12 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
+
 from dclip_qdrant.collection import CollectionSpec
 from dclip_qdrant.errors import StoreError
 from dclip_qdrant.metrics import normalise
-from dclip_qdrant.stores import Condition, Hit, Point, Query, rrf
+from dclip_qdrant.stores import Condition, Hit, Point, Query, pick, rrf
 
 
 class Exact:
@@ -35,6 +37,9 @@ class Exact:
     def metadata(self) -> dict[str, Any]:
         return self._metadata
 
+    def set_metadata(self, metadata: dict[str, Any]) -> None:
+        self._metadata = metadata
+
     def describe(self) -> dict[str, Any]:
         spec = self._spec.model_dump(mode="json") if self._spec else {}
         return {
@@ -48,9 +53,9 @@ class Exact:
     def count(self) -> int:
         return len(self._known())
 
-    def payloads(self, ids: list[str], keys: list[str]) -> dict[str, dict[str, Any]]:
+    def payloads(self, ids: list[str], keys: list[str] | None) -> dict[str, dict[str, Any]]:
         points = self._known()
-        return {i: {k: points[i].payload.get(k) for k in keys} for i in ids if i in points}
+        return {i: pick(points[i].payload, keys) for i in ids if i in points}
 
     def upsert(self, points: list[Point]) -> None:
         known = self._known()
@@ -61,26 +66,33 @@ class Exact:
 
     def query(self, query: Query) -> list[Hit]:
         found = {i: p for i, p in self._known().items() if i not in query.exclude and all(_holds(c, p.payload) for c in query.where)}
-        ids = list(found)
-        lists, weights, scores = [], [], {}
-        many = query.candidates if query.rescore is not None or (query.vector is not None and query.text is not None) else query.limit
-        if query.vector is not None and query.weights[0] > 0:
-            scores = {i: float(found[i].image @ normalise(query.vector)) for i in ids}
-            lists.append(sorted(ids, key=lambda i: -scores[i])[:many])
-            weights.append(query.weights[0])
-        if query.text is not None and query.weights[1] > 0:
-            scores = _bm25(query.text, {i: str(found[i].payload.get("caption") or "") for i in ids})
-            lists.append(sorted(scores, key=lambda i: -scores[i])[:many])
-            weights.append(query.weights[1])
-        if len(lists) > 1:
-            scores = rrf(lists, tuple(weights), query.rrf_k)
-            lists = [sorted(scores, key=lambda i: -scores[i])]
-        order = lists[0] if lists else ids
+        sources: list[tuple[float, dict[str, float]]] = []
+        if query.vector is not None:
+            v = normalise(query.vector)
+            dense = {i: float(p.image @ v) for i, p in found.items()}
+            sources.append((query.weights[0], dense))
+            near = sorted(dense, key=lambda i: -dense[i])[: query.candidates]
+            sources.append((query.weights[2], _max_sim(v[None], {i: found[i] for i in near}) if query.weights[2] > 0 else {}))
+        if query.text is not None:
+            sources.append((query.weights[1], _bm25(query.text, {i: str(p.payload.get("caption") or "") for i, p in found.items()})))
+        sources = [s for s in sources if s[0] > 0]
+        scores = sources[0][1] if sources else dict.fromkeys(found, 0.0)
+        if len(sources) > 1:
+            lists = [sorted(s, key=lambda i, s=s: -s[i])[: query.candidates] for _, s in sources]
+            scores = rrf(lists, tuple(w for w, _ in sources), query.rrf_k)
+        order = sorted(scores, key=lambda i: -scores[i])
         if query.rescore is not None:
-            q = normalise(query.rescore)
-            scores = {i: float((q @ found[i].regions.T).max(1).sum()) for i in order[: query.candidates] if found[i].regions is not None}
+            scores = _max_sim(normalise(query.rescore), {i: found[i] for i in order[: query.candidates]})
             order = sorted(scores, key=lambda i: -scores[i])
-        return [Hit(i, scores[i], dict(found[i].payload), found[i].regions if query.with_regions else None) for i in order[: query.limit]]
+        return [Hit(i, scores[i], dict(found[i].payload) if query.with_payload else {}, found[i].regions if query.with_regions else None, found[i].image if query.with_image else None)
+                for i in order[: query.limit]]  # fmt: skip
+
+    def facet(self, key: str, limit: int) -> list[tuple[str, int]]:
+        counted: Counter[str] = Counter()
+        for p in self._known().values():
+            have = p.payload.get(key)
+            counted.update({str(v) for v in (have if isinstance(have, list) else [] if have is None else [have])})
+        return sorted(counted.items(), key=lambda kv: (-kv[1], kv[0]))[:limit]
 
     def scroll(self, *, with_vectors: bool = False) -> Iterator[Point]:
         yield from self._known().values()
@@ -90,6 +102,11 @@ class Exact:
 
     def close(self) -> None:
         pass
+
+
+def _max_sim(q: np.ndarray, points: dict[str, Point]) -> dict[str, float]:
+    """Sum over the query's rows [Q, D] of the best row of each point; points without regions drop out."""
+    return {i: float((q @ p.regions.T).max(1).sum()) for i, p in points.items() if p.regions is not None}
 
 
 def _holds(c: Condition, payload: dict[str, Any]) -> bool:

@@ -11,23 +11,23 @@ from qdrant_client.http.exceptions import ApiException, ResponseHandlingExceptio
 
 from dclip_qdrant.collection import META, CollectionSpec
 from dclip_qdrant.errors import PointError, StoreError
-from dclip_qdrant.stores import Condition, Hit, Point, Query
+from dclip_qdrant.stores import Condition, Hit, Point, Query, pick
 
 RETRY_ON = (408, 429, 500, 502, 503, 504)
 TRIES = 5
 
 
-class Qdrant:
-    """One collection on a server."""
+class Server:
+    """A Qdrant server; each call waits and tries again when it is busy or away."""
 
-    def __init__(self, name: str, url: str, *, api_key: str | None = None, client: QdrantClient | None = None) -> None:
-        self.name, self.url = name, url
+    def __init__(self, url: str, *, api_key: str | None = None, client: QdrantClient | None = None) -> None:
+        self.where = self.url = url
         self.client = client or (
             QdrantClient(":memory:") if url == ":memory:" else QdrantClient(url=url, api_key=api_key, timeout=60, check_compatibility=False)
         )
 
-    def _try(self, f: Callable[[], Any]) -> Any:
-        """Calls the server; waits and tries again when it is busy or away, and honours Retry-After."""
+    def call(self, f: Callable[[], Any], where: str = "") -> Any:
+        """Calls the server; honours Retry-After. Raises PointError for what it refuses, StoreError for the rest."""
         for attempt in range(TRIES):
             wait = 0.5 * 2**attempt
             try:
@@ -35,15 +35,48 @@ class Qdrant:
             except UnexpectedResponse as e:
                 if e.status_code not in RETRY_ON or attempt == TRIES - 1:
                     kind = PointError if e.status_code in (400, 413, 422) else StoreError
-                    raise kind(f"{self.url}/{self.name}", f"HTTP {e.status_code}: {e.content.decode(errors='replace')[:300]}") from e
+                    raise kind(f"{self.url}/{where}", f"HTTP {e.status_code}: {e.content.decode(errors='replace')[:300]}") from e
                 wait = float(e.headers.get("retry-after", wait)) if e.headers else wait
             except (ResponseHandlingException, ApiException) as e:
                 if attempt == TRIES - 1:
                     raise StoreError(self.url, f"no answer: {str(e)[:200]}", "a Qdrant server", "check --url") from e
             except ValueError as e:  # qdrant-client's own engine
-                raise PointError(self.name, str(e)[:300]) from e
+                raise PointError(where, str(e)[:300]) from e
             time.sleep(min(wait, 30))
         return None
+
+    def collections(self) -> list[str]:
+        return sorted(c.name for c in self.call(self.client.get_collections).collections)
+
+    def aliases(self) -> dict[str, str]:
+        return {a.alias_name: a.collection_name for a in self.call(self.client.get_aliases).aliases}
+
+    def point(self, alias: str, collection: str) -> None:
+        """Both operations travel in one request: nobody sees the alias missing."""
+        create = m.CreateAliasOperation(create_alias=m.CreateAlias(collection_name=collection, alias_name=alias))
+        remove = [m.DeleteAliasOperation(delete_alias=m.DeleteAlias(alias_name=alias))] if alias in self.aliases() else []
+        self.call(lambda: self.client.update_collection_aliases([*remove, create]), alias)
+
+    def drop(self, collection: str) -> None:
+        if collection in self.aliases().values():
+            raise StoreError(self.url, f"{collection!r} is what an alias points at", do="point the alias elsewhere first")
+        self.call(lambda: self.client.delete_collection(collection), collection)
+
+    def open(self, name: str, *, alone: bool = False) -> "Qdrant":
+        return Qdrant(name, self, alone=alone)
+
+    def close(self) -> None:
+        self.client.close()
+
+
+class Qdrant:
+    """One collection on a server."""
+
+    def __init__(self, name: str, server: Server, *, alone: bool = False) -> None:
+        self.name, self.server, self.url, self.client, self.alone = name, server, server.url, server.client, alone
+
+    def _try(self, f: Callable[[], Any]) -> Any:
+        return self.server.call(f, self.name)
 
     def exists(self) -> bool:
         return self._try(lambda: self.client.collection_exists(self.name))
@@ -78,9 +111,12 @@ class Qdrant:
     def metadata(self) -> dict[str, Any]:
         return (self._try(lambda: self.client.get_collection(self.name)).config.metadata or {}) if self.exists() else {}
 
+    def set_metadata(self, metadata: dict[str, Any]) -> None:
+        self._try(lambda: self.client.update_collection(self.name, metadata=metadata))
+
     def _known(self) -> Any:
         if not self.exists():
-            names = [c.name for c in self._try(self.client.get_collections).collections]
+            names = self.server.collections()
             raise StoreError(
                 self.url,
                 f"no collection {self.name!r}",
@@ -101,11 +137,11 @@ class Qdrant:
         self._known()
         return self._try(lambda: self.client.count(self.name, exact=True)).count
 
-    def payloads(self, ids: list[str], keys: list[str]) -> dict[str, dict[str, Any]]:
+    def payloads(self, ids: list[str], keys: list[str] | None) -> dict[str, dict[str, Any]]:
         if not ids:
             return {}
-        found = self._try(lambda: self.client.retrieve(self.name, ids, with_payload=keys, with_vectors=False))
-        return {str(r.id): {k: (r.payload or {}).get(k) for k in keys} for r in found}
+        found = self._try(lambda: self.client.retrieve(self.name, ids, with_payload=True if keys is None else keys, with_vectors=False))
+        return {str(r.id): pick(r.payload or {}, keys) for r in found}
 
     def upsert(self, points: list[Point]) -> None:
         rows = [
@@ -116,23 +152,38 @@ class Qdrant:
 
     def query(self, query: Query) -> list[Hit]:
         where = _filter(query.where, query.exclude)
-        live: list[tuple[Any, str, float]] = []
-        if query.vector is not None and query.weights[0] > 0:
-            live.append((query.vector.tolist(), "image", query.weights[0]))
-        if query.text is not None and query.weights[1] > 0:
-            live.append((m.TextQuery(text=m.TextQueryInput(query=query.text)), "caption", query.weights[1]))
-        how: dict[str, Any] = {"limit": query.limit, "with_payload": True, "with_vectors": ["regions"] if query.with_regions else False}
-        prefetch = [m.Prefetch(query=q, using=using, limit=query.candidates, filter=where) for q, using, _ in live]
-        fusion = m.RrfQuery(rrf=m.Rrf(k=query.rrf_k, weights=[w for _, _, w in live]))
+        live: list[tuple[Any, str, float, Any]] = []  # query, using, weight, what it chooses from
+        if query.vector is not None:
+            dense = query.vector.tolist()
+            live.append((dense, "image", query.weights[0], None))
+            live.append(
+                ([dense], "regions", query.weights[2], m.Prefetch(query=dense, using="image", limit=query.candidates, filter=where))
+            )
+        if query.text is not None:
+            live.append((m.TextQuery(text=m.TextQueryInput(query=query.text)), "caption", query.weights[1], None))
+        live = [one for one in live if one[2] > 0]
+        kinds = (["regions"] if query.with_regions else []) + (["image"] if query.with_image else [])
+        how: dict[str, Any] = {"limit": query.limit, "with_payload": query.with_payload, "with_vectors": kinds or False}
+        prefetch = [
+            m.Prefetch(query=q, using=using, limit=query.candidates, filter=None if inner else where, prefetch=inner)
+            for q, using, _, inner in live
+        ]
+        fusion = m.RrfQuery(rrf=m.Rrf(k=query.rrf_k, weights=[w for _, _, w, _ in live]))
         if query.rescore is not None:
             inner = prefetch if len(prefetch) == 1 else [m.Prefetch(prefetch=prefetch, query=fusion, limit=query.candidates)]
             call = lambda: self.client.query_points(self.name, prefetch=inner, query=query.rescore.tolist(), using="regions", **how)
         elif len(live) == 1:
-            call = lambda: self.client.query_points(self.name, query=live[0][0], using=live[0][1], query_filter=where, **how)
+            q, using, _, inner = live[0]
+            call = lambda: self.client.query_points(
+                self.name, prefetch=inner, query=q, using=using, query_filter=None if inner else where, **how
+            )
         else:
             call = lambda: self.client.query_points(self.name, prefetch=prefetch, query=fusion, **how)
         self._known()
-        return [Hit(str(p.id), float(p.score), dict(p.payload or {}), _matrix(p.vector)) for p in self._try(call).points]
+        return [Hit(str(p.id), float(p.score), dict(p.payload or {}), *_vectors(p.vector)) for p in self._try(call).points]
+
+    def facet(self, key: str, limit: int) -> list[tuple[str, int]]:
+        return [(str(h.value), h.count) for h in self._try(lambda: self.client.facet(self.name, key, limit=limit, exact=True)).hits]
 
     def scroll(self, *, with_vectors: bool = False) -> Iterator[Point]:
         offset: Any = None
@@ -145,7 +196,7 @@ class Qdrant:
                 yield Point(
                     str(r.id),
                     np.asarray(v["image"], np.float32) if with_vectors else np.zeros(0, np.float32),
-                    _matrix(v),
+                    _vectors(v)[0],
                     dict(r.payload or {}),
                 )
             if offset is None:
@@ -155,12 +206,14 @@ class Qdrant:
         """The server indexes in the background by itself."""
 
     def close(self) -> None:
-        self.client.close()
+        if self.alone:
+            self.server.close()
 
 
-def _matrix(vectors: Any) -> np.ndarray | None:
-    rows = vectors.get("regions") if isinstance(vectors, dict) else None
-    return np.asarray(rows, np.float32) if rows is not None else None
+def _vectors(found: Any) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """`regions` and `image` of a point, where they came along."""
+    found = found if isinstance(found, dict) else {}
+    return tuple(np.asarray(found[k], np.float32) if found.get(k) is not None else None for k in ("regions", "image"))
 
 
 def _filter(where: tuple[Condition, ...], exclude: tuple[str, ...]) -> m.Filter | None:

@@ -11,7 +11,7 @@ from PIL import Image
 
 from dclip_qdrant.pairs import Pairs, load_image
 from dclip_qdrant.preview import draw
-from dclip_qdrant.regions import Regions
+from dclip_qdrant.regions import Regions, load_regions
 from dclip_qdrant.search import Found, search
 from dclip_qdrant.stores import open_store
 from dclip_qdrant.student import Student
@@ -22,8 +22,8 @@ STYLE = """
 * { box-sizing: border-box } body { margin: 0 auto; max-width: 1080px; padding: 2.5rem 1.25rem 4rem; background: var(--page); color: var(--ink); font: 16px/1.55 system-ui, sans-serif }
 h1 { font-size: 1.9rem; margin: 0 0 .3rem } h2 { font-size: 1.25rem; margin: 2.6rem 0 .4rem } p { margin: .3rem 0 .9rem; color: var(--soft); max-width: 46rem }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: 12px; padding: 1rem 1.2rem; overflow-x: auto }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums } th, td { text-align: right; padding: .45rem .45rem; border-bottom: 1px solid var(--line); white-space: nowrap }
-th:first-child, td:first-child { text-align: left } th { color: var(--soft); font-weight: 600; font-size: .82rem; vertical-align: bottom } table { font-size: .93rem } tr.win td { background: var(--mark); font-weight: 600 } td small { color: var(--soft); font-weight: 400 }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums } th, td { text-align: right; padding: .4rem .32rem; border-bottom: 1px solid var(--line); white-space: nowrap }
+th:first-child, td:first-child { text-align: left } th { color: var(--soft); font-weight: 600; font-size: .82rem; vertical-align: bottom } table { font-size: .88rem } tr.win td { background: var(--mark); font-weight: 600 } td small { color: var(--soft); font-weight: 400 }
 .big { display: flex; flex-wrap: wrap; gap: 1rem; margin: 1.4rem 0 } .big div { background: var(--card); border: 1px solid var(--line); border-radius: 12px; padding: .8rem 1.2rem; flex: 1 1 12rem }
 .big b { display: block; font-size: 1.7rem; line-height: 1.2 } .big span { color: var(--soft); font-size: .9rem }
 .query { margin: 1.1rem 0 1.6rem } .query q { font-weight: 600 } .row { display: flex; align-items: center; gap: .5rem; margin-top: .45rem } .row > span { width: 5.2rem; color: var(--soft); font-size: .85rem; flex: none }
@@ -180,10 +180,7 @@ def _boxes(out: Path) -> str:
     stage = next((out / "stages").glob("regions-*/manifest.json")).parent
     from upath import UPath
 
-    from dclip_qdrant.contracts import REGIONS
-    from dclip_qdrant.stages import parts
-
-    found = {r["key"]: Regions.of_row(r) for t in parts(UPath(stage), REGIONS, ["key", "boxes", "scores", "labels"]) for r in t.to_pylist()}
+    found = load_regions(UPath(stage))
     rows = next(Pairs.open(str(out / "pairs")).rows(["key", "uri", "image"], ("test",)))[:8]
     return '<div class="grid">' + "".join(_img(draw(load_image(r), found[r["key"]]), f"boxes in {r['key']}", 240) for r in rows) + "</div>"
 
@@ -205,7 +202,7 @@ def write(out: Path) -> None:
 learns from the teacher and from the captions, with the text tower frozen. {dclip["n_images"]} held-out scenes, {dclip["n_texts"]:,} captions, {dclip["seeds"]} seeds.</p>
 <div class="big"><div><b>{gain(dclip, base)}</b><span>points of mean R@1 over the base</span></div><div><b>{gain(dclip, sft)}</b><span>points over plain fine-tuning, same budget</span></div>
 <div><b>{kept}</b><span>of the base's zero-shot accuracy kept</span></div></div>
-<h2>The table</h2><p>Recall in percent, means over seeds with the standard deviation beside them. Same trainable set and same number of student steps in every trained row.</p><div class="card">{_table(table["rows"])}</div>
+<h2>The table</h2><p>Recall in percent, means over seeds with the standard deviation beside them. Same trainable set and same number of student forward passes in every trained row.</p><div class="card">{_table(table["rows"])}</div>
 <p style="margin-top:.8rem">Mean R@1 of both directions, paired over pictures:</p><ul style="margin-top:0;color:var(--soft)">{notes}</ul>
 <h2>How it learned</h2>{_curves(table)}
 <h2>What the detector sees</h2><p>Held-out scenes with the regions that the teacher is given.</p>{_boxes(out)}

@@ -127,19 +127,8 @@ def main() -> None:
              "--labelled", OUT / "labelled", "--out", OUT, "--seeds", args.seeds, show=True, ok=(0, 3))  # fmt: skip
     print((OUT / "table.md").read_text())
     step("Ingesting the test scenes, one caption each, with the student and with the base it came from")
-    how = (
-        "--edge",
-        OUT / "edge",
-        "--detector",
-        "yolo",
-        "--weights",
-        detector,
-        "--detector-set",
-        "image_size=128",
-        "--quiet",
-        "--images",
-        OUT / "data",
-    )
+    (regions,) = (p.parent for p in (OUT / "stages").glob("regions-*/manifest.json"))  # found once, by the job
+    how = ("--edge", OUT / "edge", "--regions", regions, "--quiet", "--images", OUT / "data")
     for collection, student in (("scenes", "student"), ("scenes-before", "base")):
         call(
             cli,

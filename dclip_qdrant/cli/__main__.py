@@ -1,0 +1,3 @@
+from dclip_qdrant.cli import program
+
+program()

@@ -91,6 +91,11 @@ def absolute(path: str | None, flag: str) -> str | None:
     return os.path.abspath(path)
 
 
+def model(name: str, flag: str) -> str:
+    """A model's name as it is; a folder as every worker will find it. Workers have another current folder than the job: `examples/base` would not be there."""
+    return absolute(name, flag) if name.startswith(".") or "\\" in name or os.path.isdir(name) else name
+
+
 def threads_for(actors: int) -> int:
     """Compute threads of each actor on one machine."""
     return max(1, (os.cpu_count() or 1) // max(1, actors))

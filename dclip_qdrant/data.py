@@ -7,6 +7,7 @@ Memory: vectors are held as float16, 2 bytes x width x (captions + views) a pict
 
 import os
 import tempfile
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,6 @@ from dclip_qdrant import images
 from dclip_qdrant.contracts import FEATURES, TEACHER_CACHE
 from dclip_qdrant.errors import InputError
 from dclip_qdrant.pairs import Pairs
-from dclip_qdrant.preprocess import Preprocess
 from dclip_qdrant.stages import matrix, nested, parts
 
 
@@ -172,12 +172,19 @@ def apply_view(image: Image.Image, crop: np.ndarray, flip: bool) -> Image.Image:
     return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else image
 
 
-def load_pixels(
-    pictures: Pictures, index: np.ndarray, crop: np.ndarray, flip: np.ndarray, preprocess: Preprocess, pool: ThreadPoolExecutor
-) -> np.ndarray:
-    """index [B], crop [B, 4], flip [B] -> [B, S, S, 3] uint8, decoded on threads."""
+class Decoded:
+    """Pixels [S, S, 3] uint8 that were decoded before; they stay in memory up to `limit` bytes, beyond it pictures are decoded each time anew."""
 
-    def one(j: int) -> np.ndarray:
-        return preprocess.pixels(apply_view(pictures.load(int(index[j])), crop[j], bool(flip[j])))
+    def __init__(self, limit: int, pool: ThreadPoolExecutor) -> None:
+        self._left, self._pool = limit, pool
+        self._kept: dict[Hashable, np.ndarray] = {}
 
-    return np.stack(list(pool.map(one, range(len(index)))))
+    def __call__(self, keys: Sequence[Hashable], make: Callable[[int], np.ndarray]) -> np.ndarray:
+        """[len(keys), S, S, 3]; `make(j)` decodes what `keys[j]` stands for, on threads."""
+        missing = [j for j, k in enumerate(keys) if k not in self._kept]
+        made = dict(zip(missing, self._pool.map(make, missing), strict=True))
+        out = np.stack([made[j] if j in made else self._kept[k] for j, k in enumerate(keys)])
+        for j, pixels in made.items():
+            if pixels.nbytes <= self._left and keys[j] not in self._kept:
+                self._kept[keys[j]], self._left = pixels, self._left - pixels.nbytes
+        return out

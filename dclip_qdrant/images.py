@@ -35,7 +35,7 @@ def open_rgb(data: bytes, where: object, *, max_pixels: int = MAX_PIXELS) -> Ima
             if image.width * image.height > max_pixels:
                 raise ImageError(where, f"{image.width} x {image.height} pixels", f"at most {max_pixels:,} pixels")
             image.load()
-            return _to_rgb(ImageOps.exif_transpose(image))
+            return upright(image)
     except ImageError:
         raise
     except Image.DecompressionBombError as e:
@@ -54,6 +54,11 @@ def open_rgb(data: bytes, where: object, *, max_pixels: int = MAX_PIXELS) -> Ima
 def _looks_like(data: bytes) -> str:
     head = data[:64]
     return "it looks like text" if all(32 <= b < 127 or b in (9, 10, 13) for b in head) else "begins with " + head[:8].hex(" ")
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """A loaded picture as `open_rgb` gives it: EXIF rotation applied, RGB."""
+    return _to_rgb(ImageOps.exif_transpose(image))
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

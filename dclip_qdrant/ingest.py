@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
+import numpy as np
+from PIL import Image
 from upath import UPath
 
 from dclip_qdrant import images
@@ -82,8 +84,16 @@ class Embedder:
         top_k: int = 4,
         context: float = 0.1,
         threads: int | None = None,
+        layout: str = "flat",
     ) -> None:
-        self.student, self.detector, self.regions, self.top_k, self.context = student, detector, regions, top_k, context
+        self.student, self.detector, self.regions, self.top_k, self.context, self.layout = (
+            student,
+            detector,
+            regions,
+            top_k,
+            context,
+            layout,
+        )
         self.pool = ThreadPoolExecutor(threads or max(2, os.cpu_count() or 2))
         self.regions_from = (
             f"{detector.fingerprint}/{top_k}/{context}" if detector else f"file/{top_k}/{context}" if regions is not None else None
@@ -115,15 +125,22 @@ class Embedder:
 
     def embed(self, items: list[Item]) -> list[Point]:
         """Decodes, finds regions, embeds. Items that fail get their `error` and no point."""
-        pictures = list(self.pool.map(self._decode, items))
-        good = [(i, p) for i, p in zip(items, pictures, strict=True) if p is not None]
+        good = self.decode(items)
         if self.detector is not None and good:
             for (item, _), found in zip(good, self.detector([p for _, p in good]), strict=True):
                 item.regions = found.top(self.top_k)
         elif self.regions is not None:
             for item, _ in good:
                 item.regions = self.regions.get(item.found.key, Regions()).top(self.top_k)
-        cut = self.pool.map(lambda ip: self.student.region_pixels(ip[1], ip[0].regions, context=self.context), good)
+        return [Point(item.id, own[0], own, self.payload(item)) for (item, _), own in zip(good, self.vectors(good), strict=True)]
+
+    def decode(self, items: list[Item]) -> list[tuple[Item, Image.Image]]:
+        """The items that are pictures, with them; the others get their `error`."""
+        return [(i, p) for i, p in zip(items, self.pool.map(self._decode, items), strict=True) if p is not None]
+
+    def vectors(self, pictures: list[tuple[Item, Image.Image]]) -> list[np.ndarray]:
+        """[1 + R, D] a picture: itself, then its `item.regions`."""
+        cut = self.pool.map(lambda ip: self.student.region_pixels(ip[1], ip[0].regions, context=self.context), pictures)
         counts: list[int] = []
 
         def stream() -> Iterator[Any]:
@@ -131,13 +148,8 @@ class Embedder:
                 counts.append(len(pixels))
                 yield from pixels
 
-        vectors = self.student.embed_pixels(stream())
-        points, at = [], 0
-        for (item, _), n in zip(good, counts, strict=True):
-            own = vectors[at : at + n]
-            at += n
-            points.append(Point(item.id, own[0], own, self.payload(item)))
-        return points
+        found = self.student.embed_pixels(stream())
+        return np.split(found, np.cumsum(counts)[:-1]) if counts else []
 
     def _decode(self, item: Item) -> Any:
         if item.error is not None:
@@ -157,6 +169,11 @@ class Embedder:
         }  # fmt: skip
         if item.found.split:
             ours["split"] = item.found.split
+        if self.layout == "langchain":  # what its QdrantVectorStore reads, beside what our own search reads
+            ours |= {
+                "page_content": item.caption,
+                "metadata": {k: ours[k] for k in ("key", "uri", "labels", "width", "height")} | item.found.extra,
+            }
         return {(f"source_{k}" if k in ours else k): v for k, v in item.found.extra.items()} | ours
 
 

@@ -101,10 +101,15 @@ def retrieval(r: Ranks, *, bootstrap: int = 1000, seed: int = 0) -> dict[str, An
     return out
 
 
-def paired_difference(a: Ranks, b: Ranks, *, bootstrap: int = 2000, seed: int = 0) -> dict[str, Any]:
-    """b minus a on mean R@1 of both directions, on the same pictures, with its 95% paired-bootstrap interval."""
-    score = lambda r: (lambda e: (e["t2i.r@1"] + e["i2t.r@1"]) / 2)(per_picture(r))
-    d = score(b) - score(a)
+def mean_r1(r: Ranks) -> np.ndarray:
+    """Recall@1 of each picture [N], the mean of both directions: what runs are compared by."""
+    each = per_picture(r)
+    return (each["t2i.r@1"] + each["i2t.r@1"]) / 2
+
+
+def paired_difference(a: np.ndarray, b: np.ndarray, *, bootstrap: int = 2000, seed: int = 0) -> dict[str, Any]:
+    """b minus a, scores [N] of the same pictures (`mean_r1`, averaged over seeds where there are several), with its 95% paired-bootstrap interval."""
+    d = b - a
     rng = np.random.default_rng(seed)
     drawn = np.array([d[rng.integers(0, len(d), len(d))].mean() for _ in range(bootstrap)])
     return {"difference": float(d.mean()), "ci": [float(v) for v in np.percentile(drawn, [2.5, 97.5])]}

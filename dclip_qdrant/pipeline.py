@@ -204,31 +204,14 @@ def distill(job: Job) -> dict[str, Any]:
         for r in (start, *runs):
             r.stage.clear()
     ray_train.run_all([start, *runs], workers=job.workers, storage=_storage(job), say=job.say)
-    rows = [start.stage.manifest()["metrics"] | {"name": "base"}]
-    rows = [_row("base", [rows[0]["test"] | {k: rows[0][k] for k in ("zero_shot", "retention")}])]
+    rows = [_row("base", [_figures(start)])]
     for recipe in recipes:
-        group = [r.stage.manifest()["metrics"] for r in runs if r.recipe == recipe.as_dict()]
+        group = [r for r in runs if r.recipe == recipe.as_dict()]
+        name = recipe.name
         if recipe != job.recipe and len(recipe.keep.wise_ft) > 1:
-            at_1 = [
-                g["test_at_1"] | {"zero_shot": g.get("zero_shot_at_1", g.get("zero_shot")), "retention": g.get("retention_at_1")}
-                for g in group
-            ]
-            rows.append(_row(recipe.name, at_1))
-            rows.append(
-                _row(
-                    recipe.name + "+wise_ft",
-                    [g["test"] | {"zero_shot": g.get("zero_shot"), "retention": g.get("retention")} for g in group],
-                    [g["alpha"] for g in group],
-                )
-            )
-        else:
-            rows.append(
-                _row(
-                    recipe.name,
-                    [g["test"] | {"zero_shot": g.get("zero_shot"), "retention": g.get("retention")} for g in group],
-                    [g["alpha"] for g in group],
-                )
-            )
+            rows.append(_row(name, [_figures(r, "_at_1") for r in group]))
+            name += "+wise_ft"
+        rows.append(_row(name, [_figures(r) for r in group], [r.stage.manifest()["metrics"]["alpha"] for r in group]))
     chosen = next(r for r in runs if r.recipe == job.recipe.as_dict() and r.seed == job.seeds[0])
     folder = _export(job, chosen, base=student, rows=rows)
     result = {"rows": rows, "student": str(folder), "split": split, "comparisons": _comparisons(runs, start, job), "runs": {r.label: str(r.stage.path) for r in runs},
@@ -254,6 +237,12 @@ def distill(job: Job) -> dict[str, Any]:
             f"the student is kept in {folder}; lower train.lr, or add smaller alphas to keep.wise_ft",
         )
     return result
+
+
+def _figures(run: Any, suffix: str = "") -> dict[str, Any]:
+    """A run's figures on the test split; with "_at_1" those of the trained weights before WiSE-FT."""
+    m = run.stage.manifest()["metrics"]
+    return m["test" + suffix] | {k: m.get(k + suffix, m.get(k)) for k in ("zero_shot", "retention")}
 
 
 def _row(name: str, seeds: list[dict[str, Any]], alphas: list[float] | None = None) -> dict[str, Any]:
@@ -287,8 +276,7 @@ def _comparisons(runs: list[Any], start: Any, job: Job) -> list[dict[str, Any]]:
     from dclip_qdrant.training.runs import load_ranks
 
     def score(stage: Stage, name: str) -> np.ndarray:
-        each = metrics.per_picture(load_ranks(stage.path, name))
-        return (each["t2i.r@1"] + each["i2t.r@1"]) / 2
+        return metrics.mean_r1(load_ranks(stage.path, name))
 
     def mean(recipe: dict[str, Any], name: str) -> np.ndarray:
         chosen = [r.stage for r in runs if r.recipe == recipe]
@@ -300,20 +288,7 @@ def _comparisons(runs: list[Any], start: Any, job: Job) -> list[dict[str, Any]]:
         rivals.append((recipe["name"], mean(recipe, "test_at_1")))
         if len(recipe["keep"]["wise_ft"]) > 1:
             rivals.append((recipe["name"] + "+wise_ft", mean(recipe, "test")))
-    rng = np.random.default_rng(0)
-    out = []
-    for name, theirs in rivals:
-        d = mine - theirs
-        drawn = [d[rng.integers(0, len(d), len(d))].mean() for _ in range(2000)]
-        out.append(
-            {
-                "of": job.recipe.name,
-                "than": name,
-                "difference": float(d.mean()),
-                "ci": [float(v) for v in np.percentile(drawn, [2.5, 97.5])],
-            }
-        )
-    return out
+    return [{"of": job.recipe.name, "than": name} | metrics.paired_difference(theirs, mine) for name, theirs in rivals]
 
 
 def _export(job: Job, chosen: Any, *, base: Any, rows: list[dict[str, Any]]) -> Path:

@@ -2,10 +2,8 @@
 
 from upath import UPath
 
-from dclip_qdrant.contracts import REGIONS
 from dclip_qdrant.pairs import Pairs, load_image
-from dclip_qdrant.regions import Regions
-from dclip_qdrant.stages import parts
+from dclip_qdrant.regions import Regions, load_regions
 
 COLOURS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9a6324", "#000075")
 
@@ -30,7 +28,7 @@ def draw(image, regions: Regions):  # PIL.Image.Image
 
 def write_preview(stage: UPath, pairs: str, count: int) -> UPath:
     """Draws the first `count` pictures of the pairs into <stage>/preview; the folder."""
-    found = {r["key"]: Regions.of_row(r) for t in parts(stage, REGIONS, ["key", "boxes", "scores", "labels"]) for r in t.to_pylist()}
+    found = load_regions(stage)
     folder = stage / "preview"
     folder.mkdir(parents=True, exist_ok=True)
     done = 0

@@ -16,7 +16,7 @@ from dclip_qdrant.detectors import build
 from dclip_qdrant.errors import InputError
 from dclip_qdrant.pairs import Pairs, load_image
 from dclip_qdrant.recipe import Recipe
-from dclip_qdrant.regions import Regions
+from dclip_qdrant.regions import load_regions
 from dclip_qdrant.stages import Stage, parts, write_part
 
 Say = Callable[[str], None]
@@ -81,15 +81,6 @@ def extract_regions(root: str, pairs: Pairs, recipe: Recipe, *, actors: int | No
         f"regions: {facts['boxes']:,} boxes, {facts['boxes'] / max(1, len(counts)):.1f} a picture, {facts['without']:,} pictures without any (that is fine)"
     )
     return stage
-
-
-def load_regions(stage: Stage | UPath) -> dict[str, Regions]:
-    """Regions by the picture's key, from a stage or any folder or file in the contract."""
-    path = stage.path if isinstance(stage, Stage) else stage
-    out: dict[str, Regions] = {}
-    for table in parts(path, contracts.REGIONS, ["key", "boxes", "scores", "labels"]):
-        out |= {r["key"]: Regions.of_row(r) for r in table.to_pylist()}
-    return out
 
 
 # --- features

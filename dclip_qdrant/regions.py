@@ -1,6 +1,7 @@
 """Regions: boxes that a detector found in one picture. The value type knows no vendor."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -57,3 +58,14 @@ class Regions:
         return cls(
             np.asarray(row["boxes"], np.float32).reshape(n, 4), np.asarray(row["scores"], np.float32).reshape(n), tuple(row["labels"])
         )
+
+
+def load_regions(folder: Any) -> dict[str, Regions]:
+    """Regions by the picture's key, from a regions stage or any folder in the contract. Raises ContractError, InputError."""
+    from dclip_qdrant.contracts import REGIONS  # pyarrow, for those who read files
+    from dclip_qdrant.stages import parts
+
+    out: dict[str, Regions] = {}
+    for table in parts(folder, REGIONS, ["key", "boxes", "scores", "labels"]):
+        out |= {r["key"]: Regions.of_row(r) for r in table.to_pylist()}
+    return out

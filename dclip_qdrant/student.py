@@ -3,8 +3,10 @@
 import hashlib
 import json
 import os
+import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +38,15 @@ class Student:
     folder: Path
     manifest: dict[str, Any]
     preprocess: Preprocess
+    threads: int | None = None
+    spin: bool = True
+    _sessions: dict[str, Any] = field(default_factory=dict, repr=False)
+    _lock: Any = field(default_factory=threading.Lock, repr=False)
 
     @classmethod
-    def load(cls, folder: str | Path, *, threads: int | None = None, verify: bool = True) -> "Student":
-        """Opens a student folder and checks every file's hash.
+    def load(cls, folder: str | Path, *, threads: int | None = None, spin: bool = True, verify: bool = True) -> "Student":
+        """Opens a student folder and checks every file's hash. `spin`: whether onnxruntime's threads wait actively; best alone on a machine, worst
+        beside a server's own threads (benchmarks/serve.py: 663 against 806 texts a second).
 
         Raises:
             StudentError: no manifest (half-written), a newer format, a missing or altered file.
@@ -64,22 +71,26 @@ class Student:
                 raise StudentError(folder / name, "altered since it was exported", f"sha256 {wanted[:12]}...", "export it again")
         if verify and fingerprint_of(folder) != manifest["fingerprint"]:
             raise StudentError(folder, "its files don't make up its fingerprint", manifest["fingerprint"][:12] + "...")
-        student = cls(folder, manifest, Preprocess.of_open_clip(manifest["preprocess"]))
-        student._open(threads)
-        return student
+        return cls(folder, manifest, Preprocess.of_open_clip(manifest["preprocess"]), threads, spin)
 
-    def _open(self, threads: int | None) -> None:
-        import onnxruntime as ort
+    def _session(self, tower: str) -> Any:
+        """The tower's onnxruntime session, opened when it is first used: a text query needs no image tower."""
+        with self._lock:
+            if tower not in self._sessions:
+                import onnxruntime as ort
 
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads or os.cpu_count() or 1
-        options.log_severity_level = 3
-        providers = [p for p in ("CUDAExecutionProvider", "CPUExecutionProvider") if p in ort.get_available_providers()]
-        self._image, self._text = (
-            ort.InferenceSession(str(self.folder / f), options, providers=providers) for f in ("image.onnx", "text.onnx")
-        )
+                options = ort.SessionOptions()
+                options.intra_op_num_threads = self.threads or os.cpu_count() or 1
+                options.log_severity_level = 3
+                options.add_session_config_entry("session.intra_op.allow_spinning", "1" if self.spin else "0")
+                providers = [p for p in ("CUDAExecutionProvider", "CPUExecutionProvider") if p in ort.get_available_providers()]
+                self._sessions[tower] = ort.InferenceSession(str(self.folder / f"{tower}.onnx"), options, providers=providers)
+            return self._sessions[tower]
+
+    @cached_property
+    def _tokenizer(self) -> Tokenizer:
         text = self.manifest["text"]
-        self._tokenizer = Tokenizer(
+        return Tokenizer(
             self.folder,
             clean=text["clean"],
             context_length=self.manifest["context_length"],
@@ -111,12 +122,16 @@ class Student:
     def tokens(self, texts: Sequence[str]) -> list[list[int]]:
         return self._tokenizer(list(texts))
 
+    def token_count(self, texts: Sequence[str]) -> int:
+        """Tokens of all texts, start and end included, padding not."""
+        return sum(self._tokenizer.lengths(list(texts)))
+
     def embed_texts(self, texts: Sequence[str], *, batch: int = 64) -> np.ndarray:
         """N texts -> unit vectors [N, D] float32."""
         if isinstance(texts, str):
             raise TypeError("embed_texts takes a list of texts, not one string")
         out = [
-            self._text.run(None, {"input_ids": np.array(self.tokens(texts[i : i + batch]), np.int64)})[0]
+            self._session("text").run(None, {"input_ids": np.array(self.tokens(texts[i : i + batch]), np.int64)})[0]
             for i in range(0, len(texts), batch)
         ]
         return normalise(np.concatenate(out)) if out else np.zeros((0, self.dim), np.float32)
@@ -138,7 +153,7 @@ class Student:
         return normalise(np.concatenate(out)) if out else np.zeros((0, self.dim), np.float32)
 
     def _run(self, pixels: list[np.ndarray]) -> np.ndarray:
-        return self._image.run(None, {"pixel_values": self.preprocess.normalise(np.stack(pixels))})[0]
+        return self._session("image").run(None, {"pixel_values": self.preprocess.normalise(np.stack(pixels))})[0]
 
     def region_pixels(self, image: Image.Image, regions: Regions, *, context: float = 0.1) -> list[np.ndarray]:
         """What `embed_regions` embeds: the whole picture, then each region's crop squashed to a square, as in training."""

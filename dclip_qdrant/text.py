@@ -37,6 +37,10 @@ class Tokenizer:
         """Rows of one length; truncated rows keep their end token."""
         return [e.ids for e in self._fast.encode_batch([self._clean(t) for t in texts])]
 
+    def lengths(self, texts: list[str]) -> list[int]:
+        """Tokens of each text without padding."""
+        return [sum(e.attention_mask) for e in self._fast.encode_batch([self._clean(t) for t in texts])]
+
 
 def write_tokenizer(model: Any, folder: Path) -> dict[str, Any]:
     """`tokenizer.json` and `tokenizer_config.json` (fastembed's dialect) for an open_clip model; what a Tokenizer must know of it."""

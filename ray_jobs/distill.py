@@ -38,14 +38,12 @@ def main(
 ):
     if weights:
         settings = (*settings, f'regions.options.weights="{cluster.absolute(weights, "--weights")}"')
-    if base.startswith(".") or "\\" in base:
-        base = cluster.absolute(base, "--base")
     try:
         numbers = tuple(int(s) for s in seeds.split(","))
     except ValueError:
         raise click.BadParameter(f"{seeds!r}: expected numbers with commas, e.g. 0,1,2", param_hint="--seeds") from None
     distill(Job(
-        pairs=cluster.absolute(pairs, "--pairs"), base=base, out=cluster.absolute(out, "--out"), recipe=Recipe.load(recipe, settings),
+        pairs=cluster.absolute(pairs, "--pairs"), base=cluster.model(base, "--base"), out=cluster.absolute(out, "--out"), recipe=Recipe.load(recipe, settings),
         compare=() if no_compare else tuple(Recipe.load(r) for r in compare if r != recipe), seeds=numbers, workers=workers, actors=actors,
         labelled=cluster.absolute(labelled, "--labelled"), min_retention=min_retention, name=name, from_scratch=from_scratch, say=lambda line: print(line, flush=True),
     ))  # fmt: skip

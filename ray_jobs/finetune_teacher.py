@@ -26,8 +26,7 @@ from dclip_qdrant.recipe import Recipe
 def main(pairs, base, out, recipe, settings, weights, seed, workers, actors, from_scratch):
     if weights:
         settings = (*settings, f'regions.options.weights="{cluster.absolute(weights, "--weights")}"')
-    if base.startswith("."):
-        base = cluster.absolute(base, "--base")
+    base = cluster.model(base, "--base")
     chosen = Recipe.load(recipe, settings)
     if chosen.teacher is None:
         raise click.UsageError(f"the recipe {recipe!r} has no teacher")

@@ -76,6 +76,26 @@ def student_folder(tiny_base, tmp_path_factory) -> Path:
     )
 
 
+@pytest.fixture(scope="session")
+def other_student(tmp_path_factory) -> Path:
+    """Another model under the same name: what a team has after training again."""
+    import open_clip
+    import torch
+    from safetensors.torch import save_file
+
+    from dclip_qdrant.export import export
+    from dclip_qdrant.models import two_tower
+
+    folder = tmp_path_factory.mktemp("base2")
+    torch.manual_seed(1)
+    model = open_clip.CLIP(**TINY["model_cfg"])
+    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "open_clip_model.safetensors")
+    (folder / "open_clip_config.json").write_text(json.dumps(TINY))
+    return export(
+        two_tower.load(str(folder)), tmp_path_factory.mktemp("student2") / "tiny", name="tiny", metrics={}, recipe={"name": "tiny"}
+    )
+
+
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(0)

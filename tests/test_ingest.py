@@ -16,7 +16,7 @@ from dclip_qdrant import images
 from dclip_qdrant.detectors.grid import Grid
 from dclip_qdrant.errors import MismatchError, PointError, UsageError
 from dclip_qdrant.ingest import Embedder, ingest, point_id
-from dclip_qdrant.search import parse_filter, search
+from dclip_qdrant.search import Fusion, _diverse, parse_filter, search
 from dclip_qdrant.stores import Condition, open_store
 from dclip_qdrant.stores.exact import Exact
 from dclip_qdrant.student import Student
@@ -224,7 +224,7 @@ def test_search_finds_a_picture_by_itself_and_by_its_words(student, filled, scen
     assert hits[0].payload["key"] == "images/test-00004.jpg"
     assert hits[0].score == pytest.approx(1.0, abs=1e-4)
     caption = filled.payloads([point_id("images/test-00004.jpg")], ["caption"])[point_id("images/test-00004.jpg")]["caption"].split("\n")[1]
-    found = search(filled, student, text=caption, mode="hybrid", limit=5, weights=(0.0, 1.0))
+    found = search(filled, student, text=caption, mode="hybrid", limit=5, fusion=Fusion(dense=0.0))
     assert found[0].payload["key"] == "images/test-00004.jpg"
 
 
@@ -238,6 +238,26 @@ def test_regions_mode_says_which_region_matched(student, filled, scenes_folder):
     assert hit.box == tile.boxes[3].tolist()
     assert hit.label == "tile"
     assert hit.row()["region"]["label"] == "tile"
+
+
+def test_explain_gives_the_rank_in_each_stage(student, filled):
+    hits = search(filled, student, text="a red square", mode="hybrid", limit=5, explain=True, fusion=Fusion(regions=1.0))
+    dense = [h.id for h in search(filled, student, text="a red square", limit=60)]
+    for h in hits:
+        assert set(h.ranks) == {"dense", "bm25", "regions"}
+        assert dense[h.ranks["dense"] - 1] == h.id
+        assert h.row()["ranks"] == h.ranks
+        wanted = sum(1 / (r + 59) for r in h.ranks.values() if r)  # Qdrant's RRF, k = 60, weights 1
+        assert h.score == pytest.approx(wanted)
+
+
+def test_diversity_by_hand():
+    # two twins and a stranger: by relevance a, b, c; b adds nothing once a is there
+    vectors = np.array([[1, 0], [1, 0], [0, 1.0]])
+    assert _diverse(vectors, np.array([1.0, 0.9, 0.5]), 3, 0.0) == [0, 1, 2]
+    # after a: b has 0.5 * 0.8 - 0.5 * 1 = -0.1, c has 0.5 * 0 - 0.5 * 0 = 0
+    assert _diverse(vectors, np.array([1.0, 0.9, 0.5]), 3, 0.5) == [0, 2, 1]
+    assert _diverse(vectors, np.ones(3), 2, 1.0) == [0, 2]
 
 
 def test_queries_that_cant_be_meant(student, filled):

@@ -193,3 +193,24 @@ def test_rate_by_hand():
     assert rate(10, 100, 0.1, "cosine") == pytest.approx(1.0)
     assert rate(55, 100, 0.1, "cosine") == pytest.approx(0.5)
     assert rate(99, 100, 0.0, "constant") == 1.0
+
+
+def test_decoded_pixels_are_kept_up_to_the_limit_and_come_in_order():
+    from concurrent.futures import ThreadPoolExecutor
+
+    from dclip_qdrant.data import Decoded
+
+    made = []
+
+    def call(keys):
+        def make(j):
+            made.append(keys[j])
+            return np.full((2, 2, 3), keys[j], np.uint8)
+
+        return decoded(keys, make)[:, 0, 0, 0].tolist()
+
+    decoded = Decoded(limit=2 * 12, pool=ThreadPoolExecutor(2))  # room for two
+    assert call([3, 1, 2]) == [3, 1, 2]
+    assert call([2, 1, 3, 3]) == [2, 1, 3, 3]
+    assert made.count(3) == made.count(1) == 1  # kept
+    assert made.count(2) == 2  # the third had no room

@@ -77,8 +77,8 @@ def test_bootstrap_interval_covers_and_narrows(rng):
 
 def test_paired_difference_is_zero_against_itself_and_finds_a_gain(rng):
     image = metrics.normalise(rng.normal(size=(200, 16)))
-    worse = metrics.ranks(image, metrics.normalise(image + 0.9 * rng.normal(size=image.shape)), np.arange(200))
-    better = metrics.ranks(image, metrics.normalise(image + 0.1 * rng.normal(size=image.shape)), np.arange(200))
+    worse = metrics.mean_r1(metrics.ranks(image, metrics.normalise(image + 0.9 * rng.normal(size=image.shape)), np.arange(200)))
+    better = metrics.mean_r1(metrics.ranks(image, metrics.normalise(image + 0.1 * rng.normal(size=image.shape)), np.arange(200)))
     assert metrics.paired_difference(worse, worse)["ci"] == [0.0, 0.0]
     assert metrics.paired_difference(worse, better)["ci"][0] > 0
 

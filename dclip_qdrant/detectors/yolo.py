@@ -29,11 +29,17 @@ class Yolo:
         if os.sep in weights and not Path(weights).is_file():
             raise UsageError("detector weights", f"no file {weights}", "a YOLO .pt file, or a name like yolo11n.pt")
         os.environ.setdefault("YOLO_VERBOSE", "false")
+        os.environ.setdefault("YOLO_AUTOINSTALL", "false")  # it would run pip in the user's environment
+        pillow_open = Image.open
         try:
             from ultralytics import YOLO
             from ultralytics.utils import SETTINGS
         except ModuleNotFoundError as e:
             raise missing(e.name or "ultralytics", "the yolo detector") from e
+        finally:
+            # Importing ultralytics (8.4) swaps Image.open for one that answers a broken picture by looking for pi-heif: the
+            # door of `images` would then give other reasons in a process that has a detector than in one that hasn't.
+            Image.open = pillow_open
         if SETTINGS.get("sync"):
             SETTINGS["sync"] = False  # no usage reports from our users' machines
         if Path(weights).is_file():

@@ -1,15 +1,16 @@
 """Figures of a TwoTower while it is in memory. The same figures of an exported student come from `evaluation.py`, through onnxruntime."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from dclip_qdrant import metrics
-from dclip_qdrant.data import Pictures, load_cache
+from dclip_qdrant.data import Decoded, Pictures, load_cache
 from dclip_qdrant.labelled import Labelled
 from dclip_qdrant.models.two_tower import TwoTower
 from dclip_qdrant.pairs import Pairs
@@ -20,30 +21,24 @@ BATCH = 64
 KEPT_BYTES = 512 << 20  # decoded pictures of an evaluation set stay in memory up to this
 
 
-class Decoded:
-    """Pictures 0..n-1 as the model's pixels; a small set is decoded once and kept (WiSE-FT evaluates it for every alpha)."""
+class PictureSet:
+    """Pictures 0..n-1 as a model's pixels; a small set is decoded once and kept (WiSE-FT evaluates it for every alpha)."""
 
-    def __init__(self, load: Any, n: int) -> None:
+    def __init__(self, load: Callable[[int], Image.Image], n: int) -> None:
         self._load, self.n = load, n
-        self._kept: np.ndarray | None = None
-        self._for: Any = None
+        self._decoded = Decoded(KEPT_BYTES, ThreadPoolExecutor(max(2, os.cpu_count() or 2)))
 
     def batches(self, preprocess: Preprocess) -> Iterator[np.ndarray]:
-        """[B, S, S, 3] uint8, in order."""
-        if self._kept is not None and self._for == preprocess:
-            yield from (self._kept[s : s + BATCH] for s in range(0, self.n, BATCH))
-            return
-        keep = self.n * preprocess.size**2 * 3 <= KEPT_BYTES
-        held = []
-        with ThreadPoolExecutor(max(2, os.cpu_count() or 2)) as pool:
-            pixels = pool.map(lambda i: preprocess.pixels(self._load(i)), range(self.n))
-            for start in range(0, self.n, BATCH):
-                batch = np.stack([next(pixels) for _ in range(min(BATCH, self.n - start))])
-                if keep:
-                    held.append(batch)
+        """[B, S, S, 3] uint8, in order; the next batch is decoded while this one is used."""
+        with ThreadPoolExecutor(1) as ahead:
+            todo = [range(s, min(s + BATCH, self.n)) for s in range(0, self.n, BATCH)]
+            read = lambda some: self._decoded([(preprocess, i) for i in some], lambda j: preprocess.pixels(self._load(some[j])))
+            coming = ahead.submit(read, todo[0]) if todo else None
+            for k in range(len(todo)):
+                batch = coming.result()
+                if k + 1 < len(todo):
+                    coming = ahead.submit(read, todo[k + 1])
                 yield batch
-        if keep and held:
-            self._kept, self._for = np.concatenate(held), preprocess
 
 
 class EvalSet:
@@ -56,7 +51,7 @@ class EvalSet:
         self.cache = (
             load_cache(self.pictures.keys, [len(c) for c in self.captions], features, need=("texts",)) if features is not None else None
         )
-        self.decoded = Decoded(self.pictures.load, len(self.pictures))
+        self.decoded = PictureSet(self.pictures.load, len(self.pictures))
         self.device = device
 
     def vectors(self, model: TwoTower, *, cached_text: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -80,7 +75,7 @@ class LabelledSet:
 
     def __init__(self, path: str, device: str = "cpu") -> None:
         self.data, self.device = Labelled.open(path), device
-        self.decoded = Decoded(self.data.load, len(self.data))
+        self.decoded = PictureSet(self.data.load, len(self.data))
         self._trunk: np.ndarray | None = None
 
     def accuracy(self, model: TwoTower) -> float:
@@ -102,7 +97,7 @@ def _batched(f: Any, x: np.ndarray, device: str) -> np.ndarray:
 
 
 @torch.no_grad()
-def encode_images(model: TwoTower, pictures: Decoded, device: str = "cpu", *, trunk: bool = False) -> np.ndarray:
+def encode_images(model: TwoTower, pictures: PictureSet, device: str = "cpu", *, trunk: bool = False) -> np.ndarray:
     """[N, D] (or trunk features [N, F]), decoded on threads ahead of the model."""
     out = []
     for batch in pictures.batches(model.preprocess):

@@ -214,7 +214,8 @@ class Worker:
                 point["val"] = float(np.mean([figures[w][f"r@{k}"] for w in ("t2i", "i2t") for k in metrics.KS]))
                 point["val_mean_r@1"] = figures["mean_r@1"]
             if labelled:
-                point["retention"] = labelled.accuracy(model) / max(base_accuracy, 1e-9)
+                point["zero_shot"] = labelled.accuracy(model)
+                point["retention"] = point["zero_shot"] / max(base_accuracy, 1e-9)
             sweep.append(point)
         best = choose_alpha(sweep, run.min_retention)
         figures = {"name": recipe.name, "seed": run.seed, "alpha": best["alpha"], "sweep": sweep, "history": history, "seconds": round(seconds, 1),
@@ -229,7 +230,8 @@ class Worker:
             figures[name] = metrics.retrieval(r)
             suffix = "" if name == "test" else "_at_1"
             if labelled:
-                figures["zero_shot" + suffix] = labelled.accuracy(model)
+                known = next((p["zero_shot"] for p in sweep if p["alpha"] == alpha), None)
+                figures["zero_shot" + suffix] = labelled.accuracy(model) if known is None else known
                 figures["retention" + suffix] = figures["zero_shot" + suffix] / max(base_accuracy, 1e-9)
             _save_ranks(run.stage.path, name, r)
         weights = interpolate_to(start, end, best["alpha"])

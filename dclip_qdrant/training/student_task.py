@@ -9,13 +9,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dclip_qdrant.data import Cache, Pictures, draw, load_pixels
+from dclip_qdrant.data import Cache, Decoded, Pictures, apply_view, draw
 from dclip_qdrant.encoded import Encoded
 from dclip_qdrant.errors import RecipeError
 from dclip_qdrant.models.two_tower import TwoTower
 from dclip_qdrant.objectives import build
+from dclip_qdrant.preprocess import Preprocess
 from dclip_qdrant.recipe import Recipe
 from dclip_qdrant.training.loop import Vectors
+
+DECODED_BYTES = 2 << 30  # a worker; 14,000 pictures of 224 x 224
 
 
 @dataclass
@@ -85,7 +88,7 @@ class StudentTask:
         teacher_dim = cache.texts.shape[-1] if cache.texts is not None else model.dim
         self.objectives = Weighted(recipe, model.dim, teacher_dim).to(device)
         self.ids = None if self.cached_text else [model.tokens(c).to(torch.int32) for c in captions]
-        self.pool = ThreadPoolExecutor(max(2, os.cpu_count() or 2))
+        self.decoded = Decoded(DECODED_BYTES, ThreadPoolExecutor(max(2, os.cpu_count() or 2)))
 
     def groups(self) -> list[dict[str, Any]]:
         """Optimizer groups: learning rate by tower and layer; weight decay on matrices alone."""
@@ -112,7 +115,10 @@ class StudentTask:
             seen = torch.from_numpy(c.trunk[index, view])
         else:
             seen = torch.from_numpy(
-                load_pixels(self.pictures, index, c.crop[index, view], c.flip[index, view], self.model.preprocess, self.pool)
+                self.decoded(
+                    list(zip(index.tolist(), view.tolist(), strict=True)),
+                    lambda j: self._pixels(index[j], c.crop[index[j], view[j]], bool(c.flip[index[j], view[j]]), self.model.preprocess),
+                )
             )
         flat = np.concatenate([c.first[i] + caps for i, (_, caps) in zip(index, drawn, strict=True)])
         teacher_text = torch.from_numpy(c.texts[flat].astype(np.float32))
@@ -150,7 +156,14 @@ class StudentTask:
         whole = np.array([0, 0, 1, 1], np.float32)
         boxes = np.where((pick >= 0)[:, None], c.region_boxes[rows, pick], whole)
         squash = replace(self.model.preprocess, resize_mode="squash")
-        return [torch.from_numpy(load_pixels(self.pictures, rows, boxes, np.zeros(count, bool), squash, self.pool)), target]
+        pixels = self.decoded(
+            [(i, "region", r) for i, r in zip(rows.tolist(), pick.tolist(), strict=True)],
+            lambda j: self._pixels(rows[j], boxes[j], False, squash),
+        )
+        return [torch.from_numpy(pixels), target]
+
+    def _pixels(self, picture: int, crop: np.ndarray, flip: bool, preprocess: Preprocess) -> np.ndarray:
+        return preprocess.pixels(apply_view(self.pictures.load(int(picture)), crop, flip))
 
     def part(self, batch: Batch, start: int, stop: int) -> Batch:
         c, n = self.recipe.train.captions, len(batch.seen)

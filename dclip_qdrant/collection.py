@@ -18,7 +18,9 @@ class VectorSpec(BaseModel):
     multivector: bool = False
     hnsw: bool = True
     on_disk: bool = False
-    quantization: Literal["none", "int8"] = "none"
+    datatype: Literal["float32", "float16"] = "float32"
+    quantization: Literal["none", "int8", "turbo4", "turbo2", "binary"] = "none"
+    dim: int | None = Field(None, gt=0, description="store the first so many components (for students that were trained for it); null: all")
 
 
 class CollectionSpec(BaseModel):
@@ -28,6 +30,9 @@ class CollectionSpec(BaseModel):
     about: str = ""
     vectors: dict[Literal["image", "regions"], VectorSpec] = Field(min_length=1)
     payload_indexes: dict[str, Literal["keyword", "integer", "float", "bm25"]] = {}
+    indexing_threshold: int | None = Field(
+        None, gt=0, description="KB of vectors from which HNSW and quantisation are used; null: the engine's own"
+    )
 
     @classmethod
     def load(cls, name: str | Path = "default") -> "CollectionSpec":

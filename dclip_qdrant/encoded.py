@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 
@@ -22,8 +21,3 @@ class Encoded:
 
     def with_vectors(self, image: Tensor, text: Tensor, regions: Tensor | None = None) -> "Encoded":
         return Encoded(image, text, self.owner, self.logit_scale, regions)
-
-
-def positives(owner: Tensor, n: int) -> Tensor:
-    """[N, M] 1.0 where caption m belongs to picture n."""
-    return (torch.arange(n, device=owner.device)[:, None] == owner[None]).float()

@@ -12,6 +12,7 @@ import numpy as np
 
 from dclip_qdrant import metrics
 from dclip_qdrant.errors import UsageError
+from dclip_qdrant.index_recall import KEYS as INDEX_KEYS
 from dclip_qdrant.labelled import Labelled
 from dclip_qdrant.pairs import Pairs, load_image
 from dclip_qdrant.student import Student
@@ -34,6 +35,8 @@ KEYS = {
     "onnx_bytes": "image.onnx and text.onnx",
     "ms_per_image": "tower alone, batches of 32, median",
     "ms_per_text": "tokens and tower, one text at a time, median",
+    "index": "with --through: a row for each index setting: " + "; ".join(f"{k}: {v}" for k, v in INDEX_KEYS.items()),
+    "index_beside": "with --beside: the other student and its rows",
 }
 
 
@@ -64,19 +67,9 @@ def evaluate(
 ) -> dict[str, Any]:
     """All figures of `KEYS`. Retention needs `labelled` and the base as a student folder; `find_base` knows where distill puts it."""
     split = pick_split(pairs, split)
-    captions: list[str] = []
-    owner: list[int] = []
-    vectors, number = [], 0
-    with ThreadPoolExecutor(max(2, os.cpu_count() or 2)) as pool:
-        for rows in pairs.rows(["key", "uri", "image", "captions"], (split,), batch=64):
-            vectors.append(student.embed_pixels(pool.map(lambda r: student.preprocess.pixels(load_image(r)), rows)))
-            for r in rows:
-                owner += [number] * len(r["captions"])
-                captions += r["captions"]
-                number += 1
-    image, text = np.concatenate(vectors), student.embed_texts(captions)
+    image, text, owner, captions = embed(student, pairs, split)
     out: dict[str, Any] = {"student": student.model_name, "split": split}
-    out |= metrics.retrieval(metrics.ranks(image, text, np.array(owner)), bootstrap=bootstrap, seed=seed)
+    out |= metrics.retrieval(metrics.ranks(image, text, owner), bootstrap=bootstrap, seed=seed)
     out |= {"zero_shot": None, "retention": None, "n_labelled": 0}
     if labelled:
         data = Labelled.open(labelled)
@@ -88,6 +81,21 @@ def evaluate(
     if speed:
         out |= latency(student, captions)
     return out
+
+
+def embed(student: Student, pairs: Pairs, split: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[str]]:
+    """A split's image [N, D] and text [M, D] unit rows, the picture of each caption [M], and the captions."""
+    captions: list[str] = []
+    owner: list[int] = []
+    vectors, number = [], 0
+    with ThreadPoolExecutor(max(2, os.cpu_count() or 2)) as pool:
+        for rows in pairs.rows(["key", "uri", "image", "captions"], (split,), batch=64):
+            vectors.append(student.embed_pixels(pool.map(lambda r: student.preprocess.pixels(load_image(r)), rows)))
+            for r in rows:
+                owner += [number] * len(r["captions"])
+                captions += r["captions"]
+                number += 1
+    return np.concatenate(vectors), student.embed_texts(captions), np.array(owner), captions
 
 
 def accuracy(student: Student, data: Labelled) -> float:

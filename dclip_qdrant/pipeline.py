@@ -147,13 +147,13 @@ def check(job: Job) -> None:
     from dclip_qdrant.models import two_tower
     from dclip_qdrant.training.student_task import Weighted
 
+    teacher_dim = two_tower.load(job.base).dim
+    dim = teacher_dim if job.student == job.base else two_tower.load(job.student).dim
     for recipe in (job.recipe, *(same_budget(r, job.recipe) for r in job.compare)):
-        Weighted(recipe, 8, 8)
+        Weighted(recipe.objectives, dim, teacher_dim)
+        Weighted(recipe.index.objectives, dim, dim)
         if recipe.teacher:
             build(recipe.regions.detector, recipe.regions.options)
-    two_tower.load(job.base)
-    if job.student != job.base:
-        two_tower.load(job.student)
     if job.labelled:
         Labelled.open(job.labelled)
     if not have.get("val") and (len(job.recipe.keep.wise_ft) > 1):

@@ -116,6 +116,16 @@ class Keep(_Part):
     )
 
 
+class Index(_Part):
+    """Makes a student fit for short and quantised vectors without changing what it says at full length: both towers are turned by one rotation,
+    learned on the training vectors (training/rotation.py). Nothing is turned without objectives."""
+
+    objectives: tuple[Objective, ...] = Field((), description="what the rotation is learned from: matryoshka, quantised")
+    steps: Positive = 400
+    batch_size: Positive = 1024
+    lr: float = Field(3e-3, gt=0)
+
+
 class Recipe(_Part):
     name: str
     about: str = Field("", description="what it is for, in a line or two")
@@ -125,6 +135,7 @@ class Recipe(_Part):
     objectives: tuple[Objective, ...] = Field(min_length=1)
     train: Train = Train()
     keep: Keep = Keep()
+    index: Index = Index()
 
     @classmethod
     def load(cls, name: str | Path, settings: tuple[str, ...] | list[str] = ()) -> "Recipe":

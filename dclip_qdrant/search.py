@@ -124,9 +124,9 @@ def search(
         raise UsageError("--limit", str(limit), "1 or more")
     if not 0 <= diversity <= 1:
         raise UsageError("--diversity", str(diversity), "0 to 1")
-    if not store.exists():
-        store.describe()  # raises, and names the collections there are
     metadata = store.metadata()
+    if not metadata and not store.exists():
+        store.describe()  # raises, and names the collections there are
     check_student(metadata, student, store.name)
     vector = student.embed_texts([text])[0] if text is not None else student.embed_images([image])[0]
     f = fusion or Fusion.of(metadata)

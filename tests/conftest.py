@@ -23,19 +23,29 @@ TINY = {
 }
 
 
-@pytest.fixture(scope="session")
-def tiny_base(tmp_path_factory) -> Path:
+def write_base(folder: Path, seed: int) -> Path:
     """A random, seeded CLIP in an open_clip folder."""
     import open_clip
     import torch
     from safetensors.torch import save_file
 
-    folder = tmp_path_factory.mktemp("base")
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = open_clip.CLIP(**TINY["model_cfg"])
     save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "open_clip_model.safetensors")
     (folder / "open_clip_config.json").write_text(json.dumps(TINY))
     return folder
+
+
+def exported(base: Path, folder: Path) -> Path:
+    from dclip_qdrant.export import export
+    from dclip_qdrant.models import two_tower
+
+    return export(two_tower.load(str(base)), folder / "tiny", name="tiny", metrics={}, recipe={"name": "tiny"})
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory) -> Path:
+    return write_base(tmp_path_factory.mktemp("base"), 0)
 
 
 @pytest.fixture(scope="session")
@@ -68,32 +78,13 @@ def pairs_folder(scenes_folder, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def student_folder(tiny_base, tmp_path_factory) -> Path:
-    from dclip_qdrant.export import export
-    from dclip_qdrant.models import two_tower
-
-    return export(
-        two_tower.load(str(tiny_base)), tmp_path_factory.mktemp("student") / "tiny", name="tiny", metrics={}, recipe={"name": "tiny"}
-    )
+    return exported(tiny_base, tmp_path_factory.mktemp("student"))
 
 
 @pytest.fixture(scope="session")
 def other_student(tmp_path_factory) -> Path:
     """Another model under the same name: what a team has after training again."""
-    import open_clip
-    import torch
-    from safetensors.torch import save_file
-
-    from dclip_qdrant.export import export
-    from dclip_qdrant.models import two_tower
-
-    folder = tmp_path_factory.mktemp("base2")
-    torch.manual_seed(1)
-    model = open_clip.CLIP(**TINY["model_cfg"])
-    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "open_clip_model.safetensors")
-    (folder / "open_clip_config.json").write_text(json.dumps(TINY))
-    return export(
-        two_tower.load(str(folder)), tmp_path_factory.mktemp("student2") / "tiny", name="tiny", metrics={}, recipe={"name": "tiny"}
-    )
+    return exported(write_base(tmp_path_factory.mktemp("base2"), 1), tmp_path_factory.mktemp("student2"))
 
 
 @pytest.fixture

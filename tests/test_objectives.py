@@ -12,6 +12,13 @@ from dclip_qdrant.lookup import names
 from dclip_qdrant.objectives import build
 
 ALL = [n for n in names("objectives") if n != "__init__"]
+SMALL = {"matryoshka": {"dims": (2, 4)}}  # defaults are for real widths
+# rounding has no derivative: what is passed on instead has tests of its own
+STRAIGHT_THROUGH = {"quantised"}
+
+
+def made(name, dim):
+    return build(name, student_dim=dim, teacher_dim=dim, **SMALL.get(name, {}))
 
 
 def test_there_are_objectives():
@@ -29,7 +36,7 @@ def encoded(n=6, c=1, d=5, seed=0, dtype=torch.float32, grad=False):
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("captions", [1, 3])
 def test_contract_scalar_finite_differentiable(name, captions):
-    objective = build(name, student_dim=5, teacher_dim=5)
+    objective = made(name, 5)
     student = encoded(c=captions, grad=True)
     value = objective(student, encoded(c=captions, seed=1))
     assert value.shape == ()
@@ -40,15 +47,15 @@ def test_contract_scalar_finite_differentiable(name, captions):
 
 @pytest.mark.parametrize("name", ALL)
 def test_permutation_of_the_batch_changes_nothing(name):
-    objective = build(name, student_dim=5, teacher_dim=5)
+    objective = made(name, 5)
     s, t, p = encoded(), encoded(seed=1), torch.randperm(6, generator=torch.Generator().manual_seed(3))
     shuffled = [Encoded(e.image[p], e.text[p], e.owner, e.logit_scale) for e in (s, t)]
     torch.testing.assert_close(objective(s, t), objective(*shuffled))
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", [n for n in ALL if n not in STRAIGHT_THROUGH])
 def test_gradcheck(name):
-    objective = build(name, student_dim=4, teacher_dim=4).double()
+    objective = made(name, 4).double()
     t = encoded(4, d=4, seed=1, dtype=torch.float64)
 
     def f(image, text):
@@ -123,13 +130,95 @@ def test_soft_targets_with_labels_alone_is_info_nce():
     torch.testing.assert_close(soft, build("info_nce", student_dim=5, teacher_dim=5, temperature=0.05)(e, e))
 
 
+def naive_divergence(a, b, labels):
+    """KL(labels * I + (1 - labels) * softmax(b) || softmax(a)), one caption a picture, both ways."""
+
+    def one(a, b):
+        total = 0.0
+        for i in range(len(a)):
+            q = labels * torch.eye(len(a))[i] + (1 - labels) * b[i].softmax(0)
+            total = total + sum(x * (x.log() - y) for x, y in zip(q, a[i].log_softmax(0), strict=True) if x > 0)
+        return total / len(a)
+
+    return (one(a, b) + one(a.T, b.T)) / 2
+
+
+def logits(image, text, tau=0.05):
+    return F.normalize(image, dim=-1) @ F.normalize(text, dim=-1).T / tau
+
+
+@pytest.mark.parametrize("labels", [1.0, 0.0, 0.4])
+def test_matryoshka_is_the_mean_over_prefixes(labels):
+    e = encoded()
+    value = build("matryoshka", student_dim=5, teacher_dim=5, dims=(2, 3), labels=labels)(e, e)
+    whole = logits(e.image, e.text)
+    by_prefix = [naive_divergence(logits(e.image[:, :d], e.text[:, :d]), whole, labels) for d in (2, 3)]
+    torch.testing.assert_close(value, sum(by_prefix) / 2)
+
+
+def test_matryoshka_by_hand():
+    # first components alone: cosines are 1 or -1; second pair's sign is flipped, so S_1 = [[1, 1], [1, 1]]: log 2 both ways
+    e = Encoded(torch.tensor([[1.0, 9.0], [2.0, -9.0]]), torch.tensor([[3.0, 9.0], [4.0, -9.0]]), torch.arange(2), torch.tensor(1.0))
+    value = build("matryoshka", student_dim=2, teacher_dim=2, dims=(1,), temperature=1.0)(e, e)
+    assert value.item() == pytest.approx(math.log(2), abs=1e-6)
+
+
+def test_matryoshka_at_full_length_asks_for_nothing_more():
+    e = encoded()
+    assert build("matryoshka", student_dim=5, teacher_dim=5, dims=(5,), labels=0.0)(e, e).item() == pytest.approx(0.0, abs=1e-6)
+
+
+def test_int8_has_128_levels_between_the_quantiles_and_passes_the_gradient_where_it_did_not_clip():
+    from dclip_qdrant.objectives.quantised import int8
+
+    x = torch.randn(400, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    out = int8(x)
+    ordered = x.detach().flatten().sort().values
+    low, high = ordered[15], ordered[-16]  # half a percent of 3,200 on each side
+    step = (high - low) / 127
+    assert len(((out - low) / step).round().unique()) <= 128
+    inside = ((x > low) & (x < high)).detach()
+    outside = ((x < low) | (x > high)).detach()
+    assert (out - x).abs()[inside].max() <= step / 2 + 1e-6
+    assert out.min().item() == pytest.approx(low.item())
+    out.sum().backward()
+    assert (x.grad[inside] == 1).all()
+    assert (x.grad[outside] == 0).all()
+
+
+def test_sign_and_its_straight_through_gradient():
+    from dclip_qdrant.objectives.quantised import sign
+
+    x = torch.tensor([[0.5, -0.1, 0.0, 0.8]]).requires_grad_()
+    out = sign(x, 0.7)
+    assert out.tolist() == [[1, -1, -1, 1]]  # Qdrant's bit is x > 0
+    out.sum().backward()
+    torch.testing.assert_close(x.grad, 1.4 * (1 - torch.tanh(1.4 * x.detach()) ** 2))  # 0.7 * sqrt(4)
+
+
+@pytest.mark.parametrize("query", ["same", "float"])
+def test_quantised_binary_against_the_equation(query):
+    e = encoded()
+    value = build("quantised", student_dim=5, teacher_dim=5, level="binary", dim=4, query=query, labels=0.3)(e, e)
+    bits = lambda x: torch.where(x[:, :4] > 0, 1.0, -1.0)
+    text = e.text[:, :4] if query == "float" else bits(e.text)
+    torch.testing.assert_close(value, naive_divergence(logits(bits(e.image), text), logits(e.image, e.text), 0.3))
+
+
+def test_quantised_at_int8_is_near_nothing():
+    e = encoded(32, d=64)
+    coarse = build("quantised", student_dim=64, teacher_dim=64, level="binary")(e, e)
+    fine = build("quantised", student_dim=64, teacher_dim=64, level="int8")(e, e)
+    assert 0 < fine < 0.05 * coarse
+
+
 def test_dclip_hybrid_loss_is_the_sum_of_its_terms():
     """papers.md 1.1: [1 - cos(f_s, e)] + [1 - cos(g_s, s)] + InfoNCE at 0.05, weights 1 : 1 : 1."""
     from dclip_qdrant.recipe import Recipe
     from dclip_qdrant.training.student_task import Weighted
 
     s, t = encoded(8), encoded(8, seed=1)
-    total, terms = Weighted(Recipe.load("dclip_as_released"), 5, 5)(s, t)
+    total, terms = Weighted(Recipe.load("dclip_as_released").objectives, 5, 5)(s, t)
     logits = F.normalize(s.image, dim=-1) @ F.normalize(s.text, dim=-1).T / 0.05
     nce = (F.cross_entropy(logits, torch.arange(8)) + F.cross_entropy(logits.T, torch.arange(8))) / 2
     naive = (1 - F.cosine_similarity(s.image, t.image)).mean() + (1 - F.cosine_similarity(s.text, t.text)).mean() + nce
@@ -141,6 +230,11 @@ def test_dclip_hybrid_loss_is_the_sum_of_its_terms():
     ("info_nce", {"temprature": 1}, "did you mean 'temperature'"),
     ("info_nce", {"temperature": 0}, "must be > 0"),
     ("cosine", {"of": "sound"}, "must be image, text or regions"),
+    ("matryoshka", {"dims": (2, 9)}, "longer than the student's 5"),
+    ("matryoshka", {"dims": ()}, "whole numbers above 0"),
+    ("quantised", {"level": "int7"}, "must be int8 or binary"),
+    ("quantised", {"query": "text"}, "must be same or float"),
+    ("quantised", {"dim": 9}, "longer than the student's 5"),
     ("cosin", {}, "did you mean 'cosine'"),
     ("no.such.module:Thing", {}, "no module"),
 ])  # fmt: skip

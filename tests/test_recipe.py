@@ -16,8 +16,8 @@ def test_there_are_recipes():
 def test_every_recipe_loads_says_what_it_is_for_and_builds_its_parts(name):
     recipe = Recipe.load(name)
     assert len(recipe.about) > 20
-    for o in recipe.objectives:
-        build(o.name, student_dim=8, teacher_dim=8, **o.options)
+    for o in (*recipe.objectives, *recipe.index.objectives):
+        build(o.name, student_dim=512, teacher_dim=512, **o.options)
     assert Recipe(**recipe.as_dict()) == recipe
 
 

@@ -5,7 +5,7 @@ import open_clip
 import pytest
 import torch
 
-from dclip_qdrant.errors import UsageError
+from dclip_qdrant.errors import RecipeError, UsageError
 from dclip_qdrant.models.two_tower import interpolate, load
 
 
@@ -72,13 +72,17 @@ def test_layers_run_from_the_stem_to_the_projection(model):
     assert "token_embedding.weight" in model.layers("text")[0]
 
 
-def test_timm_trunk_is_recognised_as_frozen_and_its_features_give_the_same_embedding():
+def with_timm_trunk():
     net = open_clip.model.CLIP(8, {"timm_model_name": "resnet18", "timm_model_pretrained": False, "timm_pool": "avg", "timm_proj": "linear", "image_size": 64},
                                {"context_length": 8, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1})  # fmt: skip
     from dclip_qdrant.models.two_tower import TwoTower
     from dclip_qdrant.preprocess import Preprocess
 
-    model = TwoTower(net, Preprocess(64), open_clip.get_tokenizer("ViT-B-32"), name="t", config={"embed_dim": 8}, fingerprint="")
+    return TwoTower(net, Preprocess(64), open_clip.get_tokenizer("ViT-B-32"), name="t", config={"embed_dim": 8}, fingerprint="")
+
+
+def test_timm_trunk_is_recognised_as_frozen_and_its_features_give_the_same_embedding():
+    model = with_timm_trunk()
     assert model.choose("image", "attn_proj") == ["visual.head.proj.weight"]
     assert model.trunk_frozen
     x = torch.randn(2, 3, 64, 64)
@@ -149,3 +153,49 @@ def test_a_folder_without_weights_is_named(tmp_path):
     (tmp_path / "open_clip_config.json").write_text("{}")
     with pytest.raises(UsageError, match=r"no open_clip_model\.safetensors"):
         load(str(tmp_path))
+
+
+@pytest.mark.parametrize("kind", ["clip", "timm", "timm with bias"])
+def test_a_rotation_turns_both_towers_and_no_similarity(kind, model, rng):
+    if kind != "clip":
+        model = with_timm_trunk()
+    if kind == "timm with bias":
+        head = model.model.visual.head.proj
+        model.model.visual.head.proj = torch.nn.Linear(head.in_features, head.out_features).requires_grad_(False)
+    turn = torch.from_numpy(np.linalg.qr(rng.normal(size=(model.dim, model.dim)))[0])
+    pixels = torch.from_numpy(rng.normal(size=(3, 3, model.preprocess.size, model.preprocess.size)).astype(np.float32))
+    ids = model.tokens(["a red star", "two houses", "a ring"])
+    with torch.no_grad():
+        before = model.encode_image(pixels), model.encode_text(ids)
+        model.rotate(turn)
+        after = model.encode_image(pixels), model.encode_text(ids)
+    for a, b in zip(before, after, strict=True):
+        torch.testing.assert_close(b, (a.double() @ turn).float(), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(after[0] @ after[1].T, before[0] @ before[1].T, atol=1e-4, rtol=1e-4)
+
+
+def test_a_rotation_needs_projections(model):
+    model.model.visual.proj = None
+    with pytest.raises(RecipeError, match="image tower .* doesn't end in a projection"):
+        model.rotate(torch.eye(model.dim))
+
+
+def test_a_learned_rotation_is_orthogonal_and_makes_short_prefixes_better(rng):
+    """Vectors whose signal is spread evenly over all 32 components by a random rotation: 8 components find what all 32 find only after ours."""
+    from dclip_qdrant.metrics import mean_r1, normalise, ranks
+    from dclip_qdrant.recipe import Index, Objective
+    from dclip_qdrant.training import rotation
+
+    signal = rng.normal(size=(300, 32)) * np.r_[np.ones(8), np.full(24, 0.1)]
+    spread = np.linalg.qr(rng.normal(size=(32, 32)))[0]
+    image, text = (
+        normalise((signal + 0.3 * rng.normal(size=signal.shape) * np.r_[np.ones(8), np.full(24, 0.1)]) @ spread) for _ in range(2)
+    )
+    cfg = Index(objectives=(Objective(name="matryoshka", dims=(8,)),), steps=30, batch_size=128)
+    turn, said = rotation.learn(image, text, np.arange(300), cfg, seed=0)
+    torch.testing.assert_close(turn @ turn.T, torch.eye(32).double(), atol=1e-5, rtol=0)
+    assert said["loss_after"] < said["loss_before"]
+    score = lambda a, b: mean_r1(ranks(normalise(a[:, :8]), normalise(b[:, :8]), np.arange(300))).mean()
+    whole = mean_r1(ranks(image, text, np.arange(300))).mean()
+    assert score(image, text) < 0.8 * whole
+    assert score(image @ turn.numpy(), text @ turn.numpy()) > 0.9 * whole

@@ -195,6 +195,28 @@ class TwoTower(nn.Module):
             for leaf in list(getattr(module, "parametrizations", {})):
                 parametrize.remove_parametrizations(module, leaf, leave_parametrized=True)
 
+    @torch.no_grad()
+    def rotate(self, rotation: Tensor) -> None:
+        """Turns both towers' embeddings by an orthogonal matrix [D, D], x -> x @ rotation, folded into the output projections: no similarity changes.
+
+        Raises:
+            RecipeError: a tower that doesn't end in a projection.
+        """
+        visual, text = self.model.visual, self._text
+        for tower, places in (
+            ("image", [(visual, "proj"), (getattr(visual, "head", None), None), (getattr(visual, "attnpool", None), "c_proj")]),
+            ("text", [(text, "text_projection"), (getattr(text, "proj", None), None), (text, "proj")]),
+        ):
+            found = next((p for p in (_last_projection(m, leaf, self.dim) for m, leaf in places) if p is not None), None)
+            if found is None:
+                raise RecipeError("index.objectives", f"the {tower} tower of {self.name} doesn't end in a projection", "one that does")
+            if isinstance(found, nn.Linear):
+                found.weight.copy_(rotation.T @ found.weight.to(rotation))  # in the rotation's precision
+                if found.bias is not None:
+                    found.bias.copy_(found.bias.to(rotation) @ rotation)
+            else:
+                found.copy_(found.to(rotation) @ rotation)
+
     def weights(self) -> dict[str, Tensor]:
         """The plain open_clip state dict as it stands, low-rank updates merged; copies, on the CPU."""
         out = {}
@@ -210,6 +232,15 @@ class TwoTower(nn.Module):
 
     def load_weights(self, state: dict[str, Tensor]) -> None:
         self.model.load_state_dict(state)
+
+
+def _last_projection(module: nn.Module | None, leaf: str | None, dim: int) -> nn.Linear | Tensor | None:
+    """The linear map that a module (or its `leaf`) ends in, when it gives `dim` numbers."""
+    at = getattr(module, leaf, None) if leaf and module is not None else module
+    if isinstance(at, nn.Module):
+        linear = [m for m in at.modules() if isinstance(m, nn.Linear)]
+        return linear[-1] if linear and linear[-1].out_features == dim else None
+    return at if isinstance(at, Tensor) and at.ndim == 2 and at.shape[1] == dim else None
 
 
 class _LowRank(nn.Module):

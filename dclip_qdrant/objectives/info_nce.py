@@ -1,9 +1,9 @@
 """Symmetric InfoNCE (van den Oord et al. 2018, eq. 4; CLIP's loss), with several captions a picture allowed."""
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dclip_qdrant.encoded import Encoded, positives
+from dclip_qdrant.contrast import cosine_logits, info_nce
+from dclip_qdrant.encoded import Encoded
 
 
 class InfoNce(nn.Module):
@@ -19,8 +19,5 @@ class InfoNce(nn.Module):
         self.temperature = temperature
 
     def forward(self, student: Encoded, teacher: Encoded) -> Tensor:
-        scale = student.logit_scale if self.temperature is None else 1 / self.temperature
-        logits = scale * F.normalize(student.image, dim=-1) @ F.normalize(student.text, dim=-1).T
-        y = positives(student.owner, len(student.image))
-        by_image = F.cross_entropy(logits, y / y.sum(1, keepdim=True))
-        return (by_image + F.cross_entropy(logits.T, student.owner)) / 2
+        temperature = 1 / student.logit_scale if self.temperature is None else self.temperature
+        return info_nce(cosine_logits(student.image, student.text, temperature), student.owner)

@@ -1,9 +1,9 @@
 """Contrast against the teacher's soft labels: HyCD (CLIP-Refine, CVPR 2025) and affinity mimicking (TinyCLIP, ICCV 2023, eq. 1-2)."""
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dclip_qdrant.encoded import Encoded, positives
+from dclip_qdrant.contrast import cosine_logits, divergence, positives
+from dclip_qdrant.encoded import Encoded
 
 
 class SoftTargets(nn.Module):
@@ -21,11 +21,7 @@ class SoftTargets(nn.Module):
         self.temperature, self.teacher_temperature, self.labels = temperature, teacher_temperature, labels
 
     def forward(self, student: Encoded, teacher: Encoded) -> Tensor:
-        s = F.normalize(student.image, dim=-1) @ F.normalize(student.text, dim=-1).T / self.temperature
-        t = F.normalize(teacher.image, dim=-1) @ F.normalize(teacher.text, dim=-1).T / self.teacher_temperature
+        s = cosine_logits(student.image, student.text, self.temperature)
+        t = cosine_logits(teacher.image, teacher.text, self.teacher_temperature)
         y = positives(student.owner, len(student.image))
-        return (self._kl(s, t, y) + self._kl(s.T, t.T, y.T)) / 2
-
-    def _kl(self, s: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        q = self.labels * y / y.sum(1, keepdim=True) + (1 - self.labels) * t.softmax(-1)
-        return F.kl_div(s.log_softmax(-1), q, reduction="batchmean")
+        return divergence(s, t, y, self.labels)

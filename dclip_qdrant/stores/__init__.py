@@ -53,6 +53,7 @@ class Query:
     weights: tuple[float, float, float] = (1.0, 1.0, 0.0)  # dense, BM25, regions
     rrf_k: int = 60
     candidates: int = 100
+    oversampling: float | None = None  # of a quantised search that looks at the originals again; 0: it doesn't; None: as the engine likes
     where: tuple[Condition, ...] = ()
     with_regions: bool = False
     with_image: bool = False
@@ -77,6 +78,7 @@ class Store(Protocol):
     def facet(self, key: str, limit: int) -> list[tuple[str, int]]: ...  # values of a keyword field, the most frequent first
     def scroll(self, *, with_vectors: bool = False) -> Iterable[Point]: ...
     def finish(self) -> None: ...  # after a bulk load: build what makes queries fast
+    def settled(self) -> bool: ...  # whether what `finish` asked for is done
     def close(self) -> None: ...
 
 
@@ -121,6 +123,29 @@ def open_store(collection: str, *, url: str | None = None, edge: str | None = No
 def pick(payload: dict[str, Any], keys: list[str] | None) -> dict[str, Any]:
     """Those keys of a payload, None where it has none; all of it without `keys`."""
     return dict(payload) if keys is None else {k: payload.get(k) for k in keys}
+
+
+def found_vectors(found: Any) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """`regions` and `image` of a point, where they came along."""
+    found = found if isinstance(found, dict) else {}
+    return tuple(np.asarray(found[k], np.float32) if found.get(k) is not None else None for k in ("regions", "image"))
+
+
+@dataclass(frozen=True)
+class Widths:
+    """How wide the student's vectors are and how much of each the collection stores."""
+
+    whole: int
+    stored: dict[str, int]
+
+    def cut(self, vector: np.ndarray, name: str) -> list:
+        """What is stored of a vector [..., D]; one of another width goes on as it is, for the engine to refuse."""
+        return (vector[..., : self.stored.get(name)] if vector.shape[-1] == self.whole else vector).tolist()
+
+    def of(self, point: Point) -> dict[str, list]:
+        """A point's vectors, those that the collection has."""
+        have = {"image": point.image} | ({"regions": point.regions} if point.regions is not None and "regions" in self.stored else {})
+        return {k: self.cut(v, k) for k, v in have.items()}
 
 
 def rrf(lists: list[list[str]], weights: tuple[float, ...], k: int) -> dict[str, float]:

@@ -12,9 +12,15 @@ import qdrant_edge as E
 
 from dclip_qdrant.collection import CollectionSpec
 from dclip_qdrant.errors import PointError, StoreError
-from dclip_qdrant.stores import Condition, Hit, Point, Query, pick
+from dclip_qdrant.stores import Condition, Hit, Point, Query, Widths, found_vectors, pick
 
 ALIASES = "aliases.json"
+QUANTISED = {
+    "int8": lambda: E.ScalarQuantizationConfig(type=E.ScalarType.Int8, quantile=0.99, always_ram=True),
+    "turbo4": lambda: E.TurboQuantQuantizationConfig(bits=E.TurboQuantBitSize.Bits4, always_ram=True),
+    "turbo2": lambda: E.TurboQuantQuantizationConfig(bits=E.TurboQuantBitSize.Bits2, always_ram=True),
+    "binary": lambda: E.BinaryQuantizationConfig(always_ram=True),
+}
 
 
 class Folder:
@@ -46,6 +52,8 @@ class Folder:
         facts = self.path / collection / "collection.json"
         if not facts.is_file():
             raise StoreError(self.path, f"no collection {collection!r}", ", ".join(self.collections()))
+        if collection in self._open:
+            self._open.pop(collection).close()
         facts.unlink()  # first: what is left over looks like nothing
         shutil.rmtree(self.path / collection)
 
@@ -107,14 +115,17 @@ class Edge:
         shard = self.path / "shard"
         shard.mkdir(parents=True, exist_ok=True)
         vectors = {}
+        whole = spec.indexing_threshold
         for name, v in spec.vectors.items():
+            hnsw = E.HnswIndexConfig(m=16, ef_construct=100, full_scan_threshold=max(10, whole)) if whole else None
             vectors[name] = E.EdgeVectorParams(
-                size=dim, distance=E.Distance.Cosine, on_disk=v.on_disk,
+                size=min(v.dim or dim, dim), distance=E.Distance.Cosine, on_disk=v.on_disk, datatype=E.VectorStorageDatatype.Float16 if v.datatype == "float16" else None,
                 multivector_config=E.MultiVectorConfig(E.MultiVectorComparator.MaxSim) if v.multivector else None,
-                hnsw_config=None if v.hnsw else E.HnswIndexConfig(m=0, ef_construct=4, full_scan_threshold=10),
-                quantization_config=E.ScalarQuantizationConfig(type=E.ScalarType.Int8, quantile=0.99, always_ram=True) if v.quantization == "int8" else None,
+                hnsw_config=hnsw if v.hnsw else E.HnswIndexConfig(m=0, ef_construct=4, full_scan_threshold=10),
+                quantization_config=QUANTISED[v.quantization]() if v.quantization != "none" else None,
             )  # fmt: skip
-        self._shard = self._try(lambda: E.EdgeShard.create(str(shard), E.EdgeConfig(vectors=vectors)))
+        optimizers = E.EdgeOptimizersConfig(indexing_threshold=whole) if whole else None
+        self._shard = self._try(lambda: E.EdgeShard.create(str(shard), E.EdgeConfig(vectors=vectors, optimizers=optimizers)))
         kinds = {"keyword": E.PayloadSchemaType.Keyword, "integer": E.PayloadSchemaType.Integer, "float": E.PayloadSchemaType.Float}
         for key, kind in spec.payload_indexes.items():
             params = E.TextIndexParams(tokenizer=E.TokenizerType.Word, scoring=E.TextScoringParams()) if kind == "bm25" else kinds[kind]
@@ -142,36 +153,40 @@ class Edge:
         found = self._try(lambda: self._open().retrieve(ids, True, False))
         return {str(r.id): pick(r.payload or {}, keys) for r in found}
 
+    def _widths(self) -> Widths:
+        facts = json.loads(self._facts.read_text())
+        return Widths(facts["dim"], {k: min(v.get("dim") or facts["dim"], facts["dim"]) for k, v in facts["spec"]["vectors"].items()})
+
     def upsert(self, points: list[Point]) -> None:
-        rows = []
-        for p in points:
-            vector = {"image": p.image.tolist()} | ({"regions": p.regions.tolist()} if p.regions is not None else {})
-            rows.append(E.Point(p.id, vector, p.payload))
-        shard = self._open()
+        shard, widths = self._open(), self._widths()
         try:
-            shard.update(E.UpdateOperation.upsert_points(rows))
+            shard.update(E.UpdateOperation.upsert_points([E.Point(p.id, widths.of(p), p.payload) for p in points]))
         except Exception as e:
             kind = StoreError if any(w in str(e) for w in ("WAL", "No space", "os error")) else PointError
             raise kind(self.path, str(e).splitlines()[0][:300]) from e
 
     def query(self, query: Query) -> list[Hit]:
-        shard, where = self._open(), _filter(query.where, query.exclude)
+        shard, where, widths = self._open(), _filter(query.where, query.exclude), self._widths()
         live: list[tuple[Any, float, list[Any]]] = []  # query, weight, what it chooses from
         if query.vector is not None:
-            dense = E.Query.Nearest(query.vector.tolist(), using="image")
+            dense = E.Query.Nearest(widths.cut(query.vector, "image"), using="image")
             live.append((dense, query.weights[0], []))
-            by_region = E.Query.Nearest([query.vector.tolist()], using="regions")
+            by_region = E.Query.Nearest([widths.cut(query.vector, "regions")], using="regions")
             live.append((by_region, query.weights[2], [E.Prefetch(limit=query.candidates, query=dense, filter=where)]))
         if query.text is not None:
             live.append((E.TextQuery("caption", query.text), query.weights[1], []))
         live = [one for one in live if one[1] > 0]
         kinds = (["regions"] if query.with_regions else []) + (["image"] if query.with_image else [])
-        how: dict[str, Any] = {"limit": query.limit, "with_payload": query.with_payload, "with_vector": kinds or False}
+        params = None
+        if query.oversampling is not None:
+            again = E.QuantizationSearchParams(rescore=query.oversampling > 0, oversampling=query.oversampling or None)
+            params = E.SearchParams(quantization=again)
+        how: dict[str, Any] = {"limit": query.limit, "with_payload": query.with_payload, "with_vector": kinds or False, "params": params}
         prefetch = [E.Prefetch(limit=query.candidates, query=q, filter=None if inner else where, prefetches=inner) for q, _, inner in live]
         fusion = E.Fusion.Rrf(k=query.rrf_k, weights=[w for _, w, _ in live])
         if query.rescore is not None:
             inner = prefetch if len(prefetch) == 1 else [E.Prefetch(limit=query.candidates, query=fusion, prefetches=prefetch)]
-            request = E.QueryRequest(query=E.Query.Nearest(query.rescore.tolist(), using="regions"), prefetches=inner, **how)
+            request = E.QueryRequest(query=E.Query.Nearest(widths.cut(query.rescore, "regions"), using="regions"), prefetches=inner, **how)
         elif len(live) == 1 and not live[0][2]:
             request = E.QueryRequest(query=live[0][0], filter=where, **how)
         elif len(live) == 1:
@@ -179,7 +194,7 @@ class Edge:
         else:
             request = E.QueryRequest(query=fusion, prefetches=prefetch, **how)
         found = self._try(lambda: shard.query(request))
-        return [Hit(str(h.id), float(h.score), dict(h.payload or {}), *_vectors(h.vector)) for h in found]
+        return [Hit(str(h.id), float(h.score), dict(h.payload or {}), *found_vectors(h.vector)) for h in found]
 
     def facet(self, key: str, limit: int) -> list[tuple[str, int]]:
         found = self._try(lambda: self._open().facet(E.FacetRequest(key, limit=limit, exact=True)))
@@ -188,13 +203,13 @@ class Edge:
     def scroll(self, *, with_vectors: bool = False) -> Iterator[Point]:
         offset = None
         while True:
-            rows, offset = self._try(
+            found, offset = self._try(
                 lambda at=offset: self._open().scroll(E.ScrollRequest(offset=at, limit=256, with_payload=True, with_vector=with_vectors))
             )
-            for r in rows:
+            for r in found:
                 v = r.vector or {}
                 image = np.asarray(v["image"], np.float32) if with_vectors else np.zeros(0, np.float32)
-                yield Point(str(r.id), image, _vectors(v)[0], dict(r.payload or {}))
+                yield Point(str(r.id), image, found_vectors(v)[0], dict(r.payload or {}))
             if offset is None:
                 return
 
@@ -203,16 +218,13 @@ class Edge:
         self._try(lambda: self._open().optimize())
         self._try(lambda: self._open().flush())
 
+    def settled(self) -> bool:
+        return True
+
     def close(self) -> None:
         if self._shard is not None:
             self._shard.close()
             self._shard = None
-
-
-def _vectors(found: Any) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """`regions` and `image` of a point, where they came along."""
-    found = found if isinstance(found, dict) else {}
-    return tuple(np.asarray(found[k], np.float32) if found.get(k) is not None else None for k in ("regions", "image"))
 
 
 def _filter(where: tuple[Condition, ...], exclude: tuple[str, ...]) -> Any:

@@ -100,6 +100,9 @@ class Exact:
     def finish(self) -> None:
         pass
 
+    def settled(self) -> bool:
+        return True
+
     def close(self) -> None:
         pass
 

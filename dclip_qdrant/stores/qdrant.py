@@ -1,7 +1,12 @@
-"""A Qdrant server (>= 1.20 for BM25 over captions), or qdrant-client's in-memory engine for `:memory:`."""
+"""A Qdrant server, or qdrant-client's in-memory engine for `:memory:`.
+
+From 1.20 on a text index answers BM25 over `caption`; older servers get a sparse vector `bm25` beside the others, made by qdrant-edge's own BM25 (the
+same ids and values as the server's).
+"""
 
 import time
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -11,10 +16,19 @@ from qdrant_client.http.exceptions import ApiException, ResponseHandlingExceptio
 
 from dclip_qdrant.collection import META, CollectionSpec
 from dclip_qdrant.errors import PointError, StoreError
-from dclip_qdrant.stores import Condition, Hit, Point, Query, pick
+from dclip_qdrant.lookup import need
+from dclip_qdrant.stores import Condition, Hit, Point, Query, Widths, found_vectors, pick
 
 RETRY_ON = (408, 429, 500, 502, 503, 504)
 TRIES = 5
+TEXT_SCORING = (1, 20)  # the first version whose text index answers BM25
+SPARSE = "bm25"
+QUANTISED = {
+    "int8": lambda: m.ScalarQuantization(scalar=m.ScalarQuantizationConfig(type=m.ScalarType.INT8, quantile=0.99, always_ram=True)),
+    "turbo4": lambda: m.TurboQuantization(turbo=m.TurboQuantQuantizationConfig(bits=m.TurboQuantBitSize.BITS4, always_ram=True)),
+    "turbo2": lambda: m.TurboQuantization(turbo=m.TurboQuantQuantizationConfig(bits=m.TurboQuantBitSize.BITS2, always_ram=True)),
+    "binary": lambda: m.BinaryQuantization(binary=m.BinaryQuantizationConfig(always_ram=True)),
+}
 
 
 class Server:
@@ -45,6 +59,10 @@ class Server:
             time.sleep(min(wait, 30))
         return None
 
+    def version(self) -> tuple[int, int]:
+        said = self.call(self.client.info).version.split(".")
+        return int(said[0]), int(said[1])
+
     def collections(self) -> list[str]:
         return sorted(c.name for c in self.call(self.client.get_collections).collections)
 
@@ -74,6 +92,7 @@ class Qdrant:
 
     def __init__(self, name: str, server: Server, *, alone: bool = False) -> None:
         self.name, self.server, self.url, self.client, self.alone = name, server, server.url, server.client, alone
+        self._is: Any = None  # what the collection is, asked once
 
     def _try(self, f: Callable[[], Any]) -> Any:
         return self.server.call(f, self.name)
@@ -82,16 +101,25 @@ class Qdrant:
         return self._try(lambda: self.client.collection_exists(self.name))
 
     def create(self, spec: CollectionSpec, dim: int, metadata: dict[str, Any]) -> None:
+        whole = spec.indexing_threshold
+        hnsw = m.HnswConfigDiff(full_scan_threshold=max(10, whole)) if whole else None
         vectors = {
             name: m.VectorParams(
-                size=dim, distance=m.Distance.COSINE, on_disk=v.on_disk, hnsw_config=None if v.hnsw else m.HnswConfigDiff(m=0),
+                size=min(v.dim or dim, dim), distance=m.Distance.COSINE, on_disk=v.on_disk, hnsw_config=hnsw if v.hnsw else m.HnswConfigDiff(m=0),
+                datatype=m.Datatype.FLOAT16 if v.datatype == "float16" else None,
                 multivector_config=m.MultiVectorConfig(comparator=m.MultiVectorComparator.MAX_SIM) if v.multivector else None,
-                quantization_config=m.ScalarQuantization(scalar=m.ScalarQuantizationConfig(type=m.ScalarType.INT8, quantile=0.99, always_ram=True)) if v.quantization == "int8" else None,
+                quantization_config=QUANTISED[v.quantization]() if v.quantization != "none" else None,
             )
             for name, v in spec.vectors.items()
         }  # fmt: skip
+        how: dict[str, Any] = {"optimizers_config": m.OptimizersConfigDiff(indexing_threshold=whole)} if whole else {}
+        scored = self.server.version() >= TEXT_SCORING
+        if not scored and "bm25" in spec.payload_indexes.values():
+            need("qdrant_edge", f"BM25 on a Qdrant server older than {'.'.join(map(str, TEXT_SCORING))}")
+            how["sparse_vectors_config"] = {SPARSE: m.SparseVectorParams(modifier=m.Modifier.IDF)}
         metadata = {META: {**metadata[META], "spec": spec.model_dump(mode="json")}}
-        self._try(lambda: self.client.create_collection(self.name, vectors_config=vectors, metadata=metadata))
+        self._try(lambda: self.client.create_collection(self.name, vectors_config=vectors, metadata=metadata, **how))
+        self._is = None
         import warnings
 
         for key, kind in spec.payload_indexes.items():
@@ -101,20 +129,26 @@ class Qdrant:
                 "float": m.PayloadSchemaType.FLOAT,
             }.get(kind)
             if kind == "bm25":
-                schema = m.TextIndexParams(
-                    type=m.TextIndexType.TEXT, tokenizer=m.TokenizerType.WORD, scoring=m.TextScoringParams(type=m.TextScoringType.BM25)
-                )
+                scoring = {"scoring": m.TextScoringParams(type=m.TextScoringType.BM25)} if scored else {}
+                schema = m.TextIndexParams(type=m.TextIndexType.TEXT, tokenizer=m.TokenizerType.WORD, **scoring)
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message=".*[Pp]ayload indexes have no effect.*")  # the in-memory engine needs none
                 self._try(lambda k=key, s=schema: self.client.create_payload_index(self.name, k, s, wait=True))
 
     def metadata(self) -> dict[str, Any]:
-        return (self._try(lambda: self.client.get_collection(self.name)).config.metadata or {}) if self.exists() else {}
+        try:
+            self._is = self._try(lambda: self.client.get_collection(self.name))
+        except (PointError, StoreError):
+            if self.exists():
+                raise
+            return {}
+        return self._is.config.metadata or {}
 
     def set_metadata(self, metadata: dict[str, Any]) -> None:
         self._try(lambda: self.client.update_collection(self.name, metadata=metadata))
 
     def _known(self) -> Any:
+        """What the server says of the collection. Raises StoreError with what there is where there is none."""
         if not self.exists():
             names = self.server.collections()
             raise StoreError(
@@ -123,7 +157,20 @@ class Qdrant:
                 f"one of {', '.join(names)}" if names else "an ingested collection",
                 "dclip-qdrant ingest",
             )
-        return self._try(lambda: self.client.get_collection(self.name))
+        self._is = self._try(lambda: self.client.get_collection(self.name))
+        return self._is
+
+    def _params(self) -> Any:
+        """Vectors and their sizes: they don't change, so they are asked for once."""
+        return (self._is or self._known()).config.params
+
+    def _widths(self) -> Widths:
+        vectors, said = self._params().vectors, (self._is.config.metadata or {}).get(META, {})
+        stored = {k: v.size for k, v in vectors.items()} if isinstance(vectors, dict) else {}
+        return Widths(said.get("dim") or stored.get("image", 0), stored)
+
+    def _sparse(self) -> bool:
+        return SPARSE in (self._params().sparse_vectors or {})
 
     def describe(self) -> dict[str, Any]:
         info = self._known()
@@ -144,26 +191,33 @@ class Qdrant:
         return {str(r.id): pick(r.payload or {}, keys) for r in found}
 
     def upsert(self, points: list[Point]) -> None:
-        rows = [
-            m.PointStruct(id=p.id, vector={"image": p.image.tolist()} | ({"regions": p.regions.tolist()} if p.regions is not None else {}), payload=p.payload)
-            for p in points
-        ]  # fmt: skip
-        self._try(lambda: self.client.upsert(self.name, rows, wait=True))
+        widths, sparse = self._widths(), self._sparse()
+        some = []
+        for p in points:
+            vector: dict[str, Any] = dict(widths.of(p))
+            if sparse and p.payload.get("caption"):
+                vector[SPARSE] = _bm25(p.payload["caption"], document=True)
+            some.append(m.PointStruct(id=p.id, vector=vector, payload=p.payload))
+        self._try(lambda: self.client.upsert(self.name, some, wait=True))
 
     def query(self, query: Query) -> list[Hit]:
-        where = _filter(query.where, query.exclude)
+        where, widths = _filter(query.where, query.exclude), self._widths()
         live: list[tuple[Any, str, float, Any]] = []  # query, using, weight, what it chooses from
         if query.vector is not None:
-            dense = query.vector.tolist()
+            dense = widths.cut(query.vector, "image")
             live.append((dense, "image", query.weights[0], None))
-            live.append(
-                ([dense], "regions", query.weights[2], m.Prefetch(query=dense, using="image", limit=query.candidates, filter=where))
-            )
-        if query.text is not None:
+            chosen = m.Prefetch(query=dense, using="image", limit=query.candidates, filter=where)
+            live.append(([widths.cut(query.vector, "regions")], "regions", query.weights[2], chosen))
+        if query.text is not None and self._sparse():
+            live.append((_bm25(query.text), SPARSE, query.weights[1], None))
+        elif query.text is not None:
             live.append((m.TextQuery(text=m.TextQueryInput(query=query.text)), "caption", query.weights[1], None))
         live = [one for one in live if one[2] > 0]
         kinds = (["regions"] if query.with_regions else []) + (["image"] if query.with_image else [])
         how: dict[str, Any] = {"limit": query.limit, "with_payload": query.with_payload, "with_vectors": kinds or False}
+        if query.oversampling is not None:
+            again = m.QuantizationSearchParams(rescore=query.oversampling > 0, oversampling=query.oversampling or None)
+            how["search_params"] = m.SearchParams(quantization=again)
         prefetch = [
             m.Prefetch(query=q, using=using, limit=query.candidates, filter=None if inner else where, prefetch=inner)
             for q, using, _, inner in live
@@ -171,7 +225,9 @@ class Qdrant:
         fusion = m.RrfQuery(rrf=m.Rrf(k=query.rrf_k, weights=[w for _, _, w, _ in live]))
         if query.rescore is not None:
             inner = prefetch if len(prefetch) == 1 else [m.Prefetch(prefetch=prefetch, query=fusion, limit=query.candidates)]
-            call = lambda: self.client.query_points(self.name, prefetch=inner, query=query.rescore.tolist(), using="regions", **how)
+            call = lambda: self.client.query_points(
+                self.name, prefetch=inner, query=widths.cut(query.rescore, "regions"), using="regions", **how
+            )
         elif len(live) == 1:
             q, using, _, inner = live[0]
             call = lambda: self.client.query_points(
@@ -179,8 +235,12 @@ class Qdrant:
             )
         else:
             call = lambda: self.client.query_points(self.name, prefetch=prefetch, query=fusion, **how)
-        self._known()
-        return [Hit(str(p.id), float(p.score), dict(p.payload or {}), *_vectors(p.vector)) for p in self._try(call).points]
+        try:
+            found = self._try(call).points
+        except (PointError, StoreError):
+            self._known()  # says it better where the collection has gone
+            raise
+        return [Hit(str(p.id), float(p.score), dict(p.payload or {}), *found_vectors(p.vector)) for p in found]
 
     def facet(self, key: str, limit: int) -> list[tuple[str, int]]:
         return [(str(h.value), h.count) for h in self._try(lambda: self.client.facet(self.name, key, limit=limit, exact=True)).hits]
@@ -188,15 +248,15 @@ class Qdrant:
     def scroll(self, *, with_vectors: bool = False) -> Iterator[Point]:
         offset: Any = None
         while True:
-            rows, offset = self._try(
+            found, offset = self._try(
                 lambda at=offset: self.client.scroll(self.name, limit=256, offset=at, with_payload=True, with_vectors=with_vectors)
             )
-            for r in rows:
+            for r in found:
                 v = r.vector or {}
                 yield Point(
                     str(r.id),
                     np.asarray(v["image"], np.float32) if with_vectors else np.zeros(0, np.float32),
-                    _vectors(v)[0],
+                    found_vectors(v)[0],
                     dict(r.payload or {}),
                 )
             if offset is None:
@@ -205,15 +265,26 @@ class Qdrant:
     def finish(self) -> None:
         """The server indexes in the background by itself."""
 
+    def settled(self) -> bool:
+        return self._known().status == m.CollectionStatus.GREEN
+
     def close(self) -> None:
         if self.alone:
             self.server.close()
 
 
-def _vectors(found: Any) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """`regions` and `image` of a point, where they came along."""
-    found = found if isinstance(found, dict) else {}
-    return tuple(np.asarray(found[k], np.float32) if found.get(k) is not None else None for k in ("regions", "image"))
+def _bm25(text: str, *, document: bool = False) -> m.SparseVector:
+    model = _bm25_model()
+    v = model.embed_document(text) if document else model.embed_query(text)
+    return m.SparseVector(indices=list(v.indices), values=list(v.values))
+
+
+@cache
+def _bm25_model() -> Any:
+    need("qdrant_edge", "BM25 on an older Qdrant server")
+    import qdrant_edge
+
+    return qdrant_edge.Bm25()
 
 
 def _filter(where: tuple[Condition, ...], exclude: tuple[str, ...]) -> m.Filter | None:

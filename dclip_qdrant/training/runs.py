@@ -19,6 +19,7 @@ from dclip_qdrant.models.region_teacher import RegionTeacher
 from dclip_qdrant.pairs import Pairs
 from dclip_qdrant.recipe import Recipe, Teacher
 from dclip_qdrant.stages import Stage
+from dclip_qdrant.training import rotation
 from dclip_qdrant.training.checkpoint import Checkpoints
 from dclip_qdrant.training.distributed import Comm
 from dclip_qdrant.training.evaluate import EvalSet, LabelledSet
@@ -235,6 +236,15 @@ class Worker:
                 figures["retention" + suffix] = figures["zero_shot" + suffix] / max(base_accuracy, 1e-9)
             _save_ranks(run.stage.path, name, r)
         weights = interpolate_to(start, end, best["alpha"])
+        if recipe.index.objectives:
+            model.load_weights(weights)
+            train = self._set(run, "train")
+            turn, figures["rotation"] = rotation.learn(
+                *train.vectors(model, cached_text=frozen_text), train.owner, recipe.index, seed=run.seed
+            )
+            model.rotate(turn.to(self.device))
+            weights = model.weights()
+            say("rotated for the index, loss {loss_before:.4f} -> {loss_after:.4f}".format(**figures["rotation"]))
         _save_tensors(run.stage.path / "weights.safetensors", weights)
         run.stage.finish(metrics=figures, recipe=run.recipe)
         checkpoints.clear()

@@ -1,6 +1,7 @@
 """What a student's run trains: towers of a TwoTower under the objectives that the recipe names."""
 
 import os
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,7 +16,7 @@ from dclip_qdrant.errors import RecipeError
 from dclip_qdrant.models.two_tower import TwoTower
 from dclip_qdrant.objectives import build
 from dclip_qdrant.preprocess import Preprocess
-from dclip_qdrant.recipe import Recipe
+from dclip_qdrant.recipe import Objective, Recipe
 from dclip_qdrant.training.loop import Vectors
 
 DECODED_BYTES = 2 << 30  # a worker; 14,000 pictures of 224 x 224
@@ -34,13 +35,13 @@ class Batch:
 
 
 class Weighted(nn.Module):
-    """The recipe's objectives and their sum."""
+    """Objectives and their weighted sum."""
 
-    def __init__(self, recipe: Recipe, student_dim: int, teacher_dim: int) -> None:
+    def __init__(self, objectives: Sequence[Objective], student_dim: int, teacher_dim: int) -> None:
         super().__init__()
-        self.terms = nn.ModuleList(build(o.name, student_dim=student_dim, teacher_dim=teacher_dim, **o.options) for o in recipe.objectives)
-        self.weights = [o.weight for o in recipe.objectives]
-        self.names = [o.name + (f".{o.options['of']}" if "of" in o.options else "") for o in recipe.objectives]
+        self.terms = nn.ModuleList(build(o.name, student_dim=student_dim, teacher_dim=teacher_dim, **o.options) for o in objectives)
+        self.weights = [o.weight for o in objectives]
+        self.names = [o.name + (f".{o.options['of']}" if "of" in o.options else "") for o in objectives]
 
     def forward(self, student: Encoded, teacher: Encoded) -> tuple[Tensor, dict[str, float]]:
         values = [term(student, teacher) for term in self.terms]
@@ -86,7 +87,7 @@ class StudentTask:
             raise RecipeError(recipe.name, "train.region_share without any region", "a teacher with regions, or region_share = 0")
         self.cached_text = not self.text_names and same_base
         teacher_dim = cache.texts.shape[-1] if cache.texts is not None else model.dim
-        self.objectives = Weighted(recipe, model.dim, teacher_dim).to(device)
+        self.objectives = Weighted(recipe.objectives, model.dim, teacher_dim).to(device)
         self.ids = None if self.cached_text else [model.tokens(c).to(torch.int32) for c in captions]
         self.decoded = Decoded(DECODED_BYTES, ThreadPoolExecutor(max(2, os.cpu_count() or 2)))
 

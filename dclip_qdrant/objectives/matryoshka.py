@@ -1,0 +1,34 @@
+"""Short vectors that work by themselves: Matryoshka representation learning (Kusupati et al. 2022, eq. 1) for two towers."""
+
+from torch import Tensor, nn
+
+from dclip_qdrant.contrast import cosine_logits, divergence, positives
+from dclip_qdrant.encoded import Encoded
+
+
+class Matryoshka(nn.Module):
+    """L = mean over d in `dims` of KL(labels * Y + (1 - labels) * softmax(S / tau) || softmax(S_d / tau)), both ways; [N, M] -> scalar.
+
+    S_d = cos of the first d components. labels = 1 is the paper's sum of contrastive losses over prefixes (up to a constant); 0 asks each prefix for
+    the order that the whole vector gives, which is what recall through an index counts (ours).
+    """
+
+    def __init__(
+        self, *, student_dim: int, teacher_dim: int, dims: tuple[int, ...] = (128, 64), temperature: float = 0.05, labels: float = 1.0
+    ) -> None:
+        super().__init__()
+        if not dims or not all(isinstance(d, int) and d > 0 for d in dims):
+            raise ValueError(f"dims {list(dims)} must be whole numbers above 0")
+        if max(dims) > student_dim:
+            raise ValueError(f"dims {list(dims)} are longer than the student's {student_dim}")
+        if not (temperature > 0 and 0 <= labels <= 1):
+            raise ValueError(f"temperature {temperature} must be > 0, labels {labels} in 0..1")
+        self.dims, self.temperature, self.labels = tuple(dims), temperature, labels
+
+    def forward(self, student: Encoded, teacher: Encoded) -> Tensor:
+        y = positives(student.owner, len(student.image))
+        whole = self._logits(student, student.image.shape[-1]).detach()
+        return sum(divergence(self._logits(student, d), whole, y, self.labels) for d in self.dims) / len(self.dims)
+
+    def _logits(self, student: Encoded, d: int) -> Tensor:
+        return cosine_logits(student.image[:, :d], student.text[:, :d], self.temperature)

@@ -1,16 +1,20 @@
 """Text queries per second through the service against onnxruntime called in a plain loop, one text at a time.
 
-    python benchmarks/serve.py --student demo/student [--clients 200] [--seconds 20]
+    python benchmarks/serve.py --student demo/student [--clients 200] [--seconds 20] [--ray]
 
 Prints JSON: throughput, p50 and p99 under that many concurrent clients, the loop's throughput in the same run, their ratio, and the batch sizes that
-/metrics saw. Server and clients share this machine's cores, so the ratio is a lower bound.
+/metrics saw. --ray measures ray_jobs/serve.py (one replica) instead. Server and clients share this machine's cores, so the ratio is a lower bound.
 """
 
 import argparse
 import asyncio
 import json
+import os
+import re
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 
 import httpx
@@ -76,14 +80,47 @@ def main() -> None:
     parser.add_argument("--student", required=True)
     parser.add_argument("--clients", type=int, default=200)
     parser.add_argument("--seconds", type=float, default=20)
+    parser.add_argument("--ray", action="store_true")
     args = parser.parse_args()
     student = Student.load(args.student)
     alone = loop(student, args.seconds / 2)
-    server = subprocess.Popen(
-        [sys.executable, "-m", "dclip_qdrant.cli", "serve", "--student", args.student, "--port", "0"], stderr=subprocess.PIPE, text=True
-    )
+    command = [sys.executable, "-m", "dclip_qdrant.cli", "serve", "--port", "0"]
+    if args.ray:  # replicas of all this machine's cores: one
+        command = [
+            sys.executable,
+            "ray_jobs/serve.py",
+            "--port",
+            str(free_port()),
+            "--max-replicas",
+            "1",
+            "--cpus",
+            str(os.cpu_count()),
+            "--target-requests",
+            "100",
+        ]
+    with tempfile.TemporaryFile("w+") as log:
+        measure(args, student, alone, subprocess.Popen([*command, "--student", args.student], stdout=log, stderr=log), log)
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def address(server: subprocess.Popen, log) -> str:
+    """What the service says once it listens."""
+    while server.poll() is None:
+        log.seek(0)
+        if found := re.search(r" at (http://\S+?)/inference", log.read()):
+            return found.group(1)
+        time.sleep(0.2)
+    sys.exit("the service did not start")
+
+
+def measure(args: argparse.Namespace, student: Student, alone: float, server: subprocess.Popen, log) -> None:
     try:
-        url = server.stderr.readline().split(" at ")[1].split("/inference")[0]
+        url = address(server, log)
         for _ in range(200):
             if httpx.get(url + "/readyz").status_code == 200:
                 break

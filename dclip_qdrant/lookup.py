@@ -10,7 +10,7 @@ from dclip_qdrant.errors import MissingExtra, RecipeError
 EXTRA_OF = {  # which extra brings a module that may be absent
     "torch": "train", "torchvision": "train", "open_clip": "train", "ultralytics": "train", "ray": "train", "onnx": "train", "onnxscript": "train",
     "safetensors": "train", "timm": "train", "matplotlib": "train", "qdrant_edge": "edge", "fastembed": "fastembed", "starlette": "serve",
-    "uvicorn": "serve", "prometheus_client": "serve",
+    "uvicorn": "serve", "prometheus_client": "serve", "fastapi": "ray-serve",
 }  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -36,6 +37,14 @@ def unbroken(tiny_base, pairs_folder, labelled_folder, tmp_path_factory):
     return out, done
 
 
+def with_stages(unbroken, out, *kinds):
+    """A folder in which these stages of the unbroken run are done already."""
+    for kind in kinds:
+        (folder,) = (unbroken[0] / "stages").glob(f"{kind}-????????????")
+        shutil.copytree(folder, out / "stages" / folder.name)
+    return out
+
+
 def test_distill_leaves_a_student_a_table_and_the_base(unbroken, student_folder):
     from dclip_qdrant.student import Student
 
@@ -63,6 +72,7 @@ def test_a_second_submission_reuses_everything(unbroken, tiny_base, pairs_folder
 
 def test_killed_job_and_killed_worker_end_with_the_same_metrics(unbroken, tiny_base, pairs_folder, labelled_folder, tmp_path):
     """SIGKILL the whole job in mid-epoch, submit again, SIGKILL the worker in mid-epoch, let it go on."""
+    with_stages(unbroken, tmp_path, "regions", "features", "teacher", "teacher-cache")
     command = [sys.executable, "ray_jobs/distill.py", *map(str, distill_args(tiny_base, pairs_folder, labelled_folder, tmp_path))]
     checkpoints = lambda: sorted(tmp_path.glob("stages/student-*/checkpoints/step-*.pt"), key=lambda p: int(p.stem[5:]))
 
@@ -102,6 +112,7 @@ def test_killed_job_and_killed_worker_end_with_the_same_metrics(unbroken, tiny_b
 
 
 def test_two_workers_give_what_one_gives(unbroken, tiny_base, pairs_folder, labelled_folder, tmp_path):
+    with_stages(unbroken, tmp_path, "regions", "features")
     done = job("distill", *distill_args(tiny_base, pairs_folder, labelled_folder, tmp_path), "--workers", 2)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     wanted = json.loads((unbroken[0] / "table.json").read_text())["rows"][1]
@@ -202,6 +213,62 @@ def test_a_relative_path_in_a_submitted_job_is_refused(monkeypatch, tmp_path):
         cluster.absolute("runs", "--out")
     assert cluster.absolute("/runs", "--out") == "/runs"
     assert cluster.absolute("s3://b/runs", "--out") == "s3://b/runs"
+
+
+def test_serve_job_answers_as_the_student_does_and_stops_when_asked(student_folder, tmp_path):
+    import socket
+    from concurrent.futures import ThreadPoolExecutor
+
+    import httpx
+
+    from dclip_qdrant.student import Student
+
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    command = [sys.executable, "ray_jobs/serve.py", "--student", str(student_folder), "--port", str(port), "--max-replicas", "2"]
+    log = (tmp_path / "log").open("w+")
+    with subprocess.Popen(command, cwd=ROOT, env=ENV, stdout=log, stderr=subprocess.STDOUT, text=True) as process:
+        until = time.monotonic() + 150
+        while " at http" not in (tmp_path / "log").read_text():
+            assert process.poll() is None, (tmp_path / "log").read_text()[-2000:]
+            assert time.monotonic() < until
+            time.sleep(0.2)
+        texts = [f"a red star number {i}" for i in range(40)]
+        body = lambda t, model="dclip/tiny": {"inputs": [{"data": t, "data_type": "text", "model": model}], "inference": "search"}
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60, trust_env=False) as client, ThreadPoolExecutor(20) as pool:
+            answers = list(pool.map(lambda t: client.post("/inference", json=body(t)).json()["embeddings"][0], texts))
+            assert client.post("/inference", json=body("x", "dclip/other")).status_code == 400
+        process.terminate()
+        assert process.wait(60) == 0
+    log.close()
+    wanted = Student.load(student_folder).embed_texts(texts)
+    for got, vector in zip(answers, wanted, strict=True):
+        assert got == pytest.approx(vector.tolist(), abs=1e-5)
+
+
+def test_serve_job_refuses_an_open_door(student_folder):
+    done = job("serve", "--student", student_folder, "--host", "0.0.0.0", timeout=60)
+    assert done.returncode == 2
+    assert "--host: 0.0.0.0 can be reached by others" in done.stderr.strip().splitlines()[-1]
+
+
+def test_importing_a_detector_leaves_pillow_as_it_was(tmp_path):
+    """ultralytics swaps Image.open for its own: pictures would then be refused for other reasons wherever a detector was loaded."""
+    code = """
+from PIL import Image
+before = Image.open
+from dclip_qdrant.detectors.yolo import Yolo
+Yolo("yolo11n.yaml")
+assert Image.open is before
+from dclip_qdrant import images
+try:
+    images.open_rgb(b"<svg/>", "x")
+except images.ImageError as e:
+    assert "not a picture (it looks like text)" in str(e), e
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=ENV, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_a_checkpoint_that_would_run_something_is_refused(tmp_path):

@@ -1,6 +1,5 @@
 """Students inside applications: registered in Python, or behind HTTP."""
 
-import os
 from pathlib import Path
 
 import click
@@ -99,14 +98,9 @@ def serve(
     """
     from dclip_qdrant.detectors import build as build_detector
     from dclip_qdrant.serve.limits import Limits
-    from dclip_qdrant.serve.run import build, run
+    from dclip_qdrant.serve.run import build, read_token, run
 
-    token = os.environ.get("DCLIP_SERVE_TOKEN") or None
-    if token_file:
-        try:
-            token = Path(token_file).read_text().strip()
-        except OSError as e:
-            raise UsageError("--token-file", f"{token_file}: {e.strerror}") from e
+    token = read_token(token_file)
     limits = Limits(
         body_bytes=max_body_mb << 20, picture_bytes=min(20, max_body_mb) << 20, inputs=max_inputs, waiting=max_waiting, fetch_hosts=hosts
     )

@@ -22,6 +22,16 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
+def read_token(file: str | None) -> str | None:
+    """The token in a file, or in DCLIP_SERVE_TOKEN. Raises UsageError for a file that can't be read."""
+    if not file:
+        return os.environ.get("DCLIP_SERVE_TOKEN") or None
+    try:
+        return Path(file).read_text().strip()
+    except OSError as e:
+        raise UsageError("--token-file", f"{file}: {e.strerror}") from e
+
+
 def build(
     students: list[str],
     *,

@@ -58,6 +58,9 @@ def reindex(
     old_store = place.open(old)
     old_store.describe()  # raises where there is none
     name = to or version_name(old, student)
+    if old_store.metadata().get(META, {}).get("mark"):
+        raise UsageError("reindex", f"{old} belongs to somebody else too: their vectors would be left behind", "a collection of dclip-qdrant's own",
+                         "ingest --into-existing into a copy of it")  # fmt: skip
     if name == old:
         raise UsageError("reindex", f"{name} would be filled from itself", "another --to")
     new = place.open(name)

@@ -45,6 +45,9 @@ class Report:
     rejected: int = 0
     reasons: list[str] = field(default_factory=list)  # the first few
 
+    def row(self) -> dict[str, int]:
+        return {"seen": self.seen, "embedded": self.embedded, "unchanged": self.unchanged, "rejected": self.rejected}
+
     def line(self) -> str:
         out = f"{self.seen:,} pictures: {self.embedded:,} embedded, {self.unchanged:,} there already"
         return out + (f", {self.rejected:,} rejected" if self.rejected else "")
@@ -185,26 +188,36 @@ def prepare_collection(store: Store, student: Student, spec: CollectionSpec) -> 
         store.create(spec, student.dim, metadata_of(student))
 
 
-def ingest(
+def ingest(source: str, embedder: Embedder, store: Store, *, spec: CollectionSpec | None = None, **how: Any) -> Report:
+    """Creates the collection where there is none and fills it; `how` as in `fill`.
+
+    Raises:
+        MismatchError: another student filled the collection. UsageError: nothing to read. StoreError: the engine is away.
+    """
+    prepare_collection(store, embedder.student, spec or CollectionSpec.load())
+    return fill(source, embedder, store, **how)
+
+
+def fill(
     source: str,
     embedder: Embedder,
-    store: Store,
+    store: Any,
     *,
-    spec: CollectionSpec | None = None,
     images_root: str | None = None,
     prefix: str = "",
     splits: tuple[str, ...] = (),
     replace: bool = False,
     rejects: str | None = None,
     limit: int | None = None,
+    refuse: Callable[[Item], DclipError | None] = lambda item: None,
     progress: Callable[[Report], None] = lambda report: None,
 ) -> Report:
-    """Fills (and creates) the collection from a folder, CSV, JSONL, tar or Parquet of pictures; rejected ones go to `rejects` with path and reason.
+    """Writes a folder, CSV, JSONL, tar or Parquet of pictures to a store (its `payloads`, `upsert` and `finish`); rejected ones go to `rejects` with path
+    and reason. `refuse` says why a picture has no place there, before it is decoded.
 
     Raises:
-        MismatchError: another student filled the collection. UsageError: nothing to read. StoreError: the engine is away.
+        UsageError: nothing to read. StoreError: the engine is away.
     """
-    prepare_collection(store, embedder.student, spec or CollectionSpec.load())
     _, found = read_any(source, images=images_root, captions=False)
     if splits:
         found = (f for f in found if f.split in splits)
@@ -223,6 +236,7 @@ def ingest(
                 if item.error is None and item.key in seen:
                     item.error = InputError(item.found.uri, f"a second picture named {item.key!r} in this source", "unique names")
                 seen.add(item.key)
+                item.error = item.error or refuse(item)
             stored = store.payloads([i.id for i in items if i.error is None], CHECKED)
             fresh = []
             for item in items:

@@ -42,7 +42,7 @@ def main(source, student, collection, url, edge, detector, weights, top_k, spec,
         cluster.absolute(source, "SOURCE"), cluster.absolute(student, "--student"), store, detector=(detector, options) if detector else None, top_k=top_k, spec=CollectionSpec.load(spec),
         images_root=cluster.absolute(images_root, "--images"), prefix=prefix, replace=replace, rejects=cluster.absolute(rejects, "--rejects"), actors=actors,
     )  # fmt: skip
-    print(json.dumps({"seen": report.seen, "embedded": report.embedded, "unchanged": report.unchanged, "rejected": report.rejected}))
+    print(json.dumps(report.row()))
     if report.rejected:
         raise PartialError(source, f"{report.rejected:,} pictures rejected", do=f"the first: {report.reasons[0]}")
 

@@ -262,3 +262,25 @@ def test_aliases_are_second_names_that_one_call_moves(kind, tmp_path):
         with pytest.raises(StoreError):
             where.point(alias, collection)
     assert where.aliases() == {"live": "new"}
+
+
+def test_an_older_server_gets_sparse_bm25(monkeypatch):
+    """Before 1.20 there is no BM25 over a text index: the words become a sparse vector."""
+    from dclip_qdrant.stores.qdrant import SPARSE, Server
+
+    new = fill(open_store("c", url=":memory:"))
+    monkeypatch.setattr(Server, "version", lambda self: (1, 17))
+    old = fill(open_store("c", url=":memory:"))
+    assert SPARSE in old.client.get_collection("c").config.params.sparse_vectors
+    for text in ("red star", "a house", "green moon ring"):
+        query = Query(limit=10, text=text, weights=(0.0, 1.0, 0.0))
+        a, b = new.query(query), old.query(query)
+        # scores differ (the sparse form knows no average length but its own), what matches doesn't
+        words = set(text.split())
+        assert all(words & set(h.payload["caption"].split()) for h in (*a, *b))
+        assert b
+        assert len(a) == len(b)
+    both = Query(limit=10, vector=q(), text="red star", candidates=40)
+    assert len(old.query(both)) == 10
+    for s in (new, old):
+        s.close()

@@ -5,8 +5,8 @@ import json
 import click
 
 from dclip_qdrant import front
-from dclip_qdrant.cli.options import place_options, store_options, the_place
-from dclip_qdrant.errors import PartialError, UsageError
+from dclip_qdrant.cli.options import place_options, raise_rejected, store_options, the_place
+from dclip_qdrant.errors import UsageError
 
 
 @click.command()
@@ -84,15 +84,7 @@ def reindex(
                                        rejects=rejects, progress=lambda r: bar(r.seen, r.line()))  # fmt: skip
         bar.done()
         front.say(f"{to}: {report.line()}")
-        out = {
-            "collection": to,
-            "from": old,
-            "seen": report.seen,
-            "embedded": report.embedded,
-            "unchanged": report.unchanged,
-            "rejected": report.rejected,
-            "points": store.count(),
-        }
+        out = {"collection": to, "from": old} | report.row() | {"points": store.count()}
         if golden:
             before = where.open(old)
             g = change.compare(
@@ -102,10 +94,7 @@ def reindex(
                       f"mean of R@1, 5, 10 {g['difference'] * 100:+.1f} points, 95% [{g['ci'][0] * 100:+.1f}, {g['ci'][1] * 100:+.1f}]")  # fmt: skip
             out["golden"] = g
         click.echo(json.dumps(out))
-    if report.rejected:
-        for reason in report.reasons:
-            front.say(f"  rejected: {reason}")
-        raise PartialError(old, f"{report.rejected:,} pictures rejected", do=f"reasons are in {rejects}")
+    raise_rejected(report, old, rejects)
 
 
 @click.command()

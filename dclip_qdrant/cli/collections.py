@@ -7,8 +7,8 @@ from typing import Any
 import click
 
 from dclip_qdrant import front
-from dclip_qdrant.cli.options import FORMATS, key_values, open_store, store_options
-from dclip_qdrant.errors import PartialError, UsageError
+from dclip_qdrant.cli.options import FORMATS, key_values, open_store, raise_rejected, store_options
+from dclip_qdrant.errors import UsageError
 
 
 @click.command()
@@ -34,6 +34,12 @@ from dclip_qdrant.errors import PartialError, UsageError
     show_default=True,
     help="langchain adds page_content and metadata.",
 )
+@click.option(
+    "--into-existing",
+    "field",
+    metavar="FIELD",
+    help="Add our vectors to the points of somebody's collection (--url) whose payload FIELD holds a picture's key.",
+)
 @click.option("--replace", is_flag=True, help="A key that another picture has is taken over.")
 @click.option("--limit", type=int, help="Stop after so many pictures.")
 @click.option("--rejects", help="Where rejected pictures are listed.  [default: COLLECTION-rejects.jsonl]")
@@ -56,6 +62,7 @@ def ingest(
     splits,
     prefix,
     layout,
+    field,
     replace,
     limit,
     rejects,
@@ -78,34 +85,33 @@ def ingest(
     wish = CollectionSpec.load(spec)
     found = _detector(detector, weights, detector_set)
     boxes = _regions(regions_file)
+    if field and (edge or not url):
+        raise UsageError("--into-existing", "an embedded collection", "--url", "qdrant-edge collections are made by dclip-qdrant alone")
     store = open_store(collection, url, edge, api_key)
     rejects = rejects or f"{collection}-rejects.jsonl"
     bar = Progress(quiet=quiet)
+    embedder = Embedder(loaded, detector=found, regions=boxes, top_k=top_k, threads=threads, layout=layout)
+    how: dict[str, Any] = {"spec": wish, "images_root": images_root, "prefix": prefix, "splits": splits, "replace": replace, "limit": limit, "rejects": rejects,
+                           "progress": lambda r: bar(r.seen, r.line())}  # fmt: skip
     try:
-        report = fill(source, Embedder(loaded, detector=found, regions=boxes, top_k=top_k, threads=threads, layout=layout), store, spec=wish, images_root=images_root, prefix=prefix,
-                      splits=splits, replace=replace, limit=limit, rejects=rejects, progress=lambda r: bar(r.seen, r.line()))  # fmt: skip
+        if field:
+            from dclip_qdrant.into_existing import ingest_into
+
+            report, guest = ingest_into(source, embedder, store, field=field, **how)
+        else:
+            report, guest = fill(source, embedder, store, **how), None
         bar.done()
         front.say(report.line())
-        click.echo(
-            json.dumps(
-                {
-                    "collection": collection,
-                    "seen": report.seen,
-                    "embedded": report.embedded,
-                    "unchanged": report.unchanged,
-                    "rejected": report.rejected,
-                    "points": store.count(),
-                }
-            )
-        )
+        row = {"collection": collection} | report.row() | {"points": store.count()}
+        if guest:
+            front.say(f"{guest.alone:,} of {guest.points:,} points have no picture in {source}")
+            row["without_picture"] = guest.alone
+        click.echo(json.dumps(row))
     finally:
         store.close()
     if report.seen == 0:
         raise UsageError(source, "no pictures here", "files ending in .jpg, .png, ...")
-    if report.rejected:
-        for reason in report.reasons:
-            front.say(f"  rejected: {reason}")
-        raise PartialError(source, f"{report.rejected:,} pictures rejected", do=f"reasons are in {rejects}")
+    raise_rejected(report, source, rejects)
 
 
 def _detector(name: str | None, weights: str | None, options: tuple[str, ...]) -> Any:

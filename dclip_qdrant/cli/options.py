@@ -7,7 +7,8 @@ from typing import Any
 
 import click
 
-from dclip_qdrant.errors import UsageError
+from dclip_qdrant import front
+from dclip_qdrant.errors import PartialError, UsageError
 
 FORMATS = click.Choice(["table", "json", "jsonl", "paths"])
 
@@ -48,6 +49,14 @@ def open_store(collection: str, url: str | None, edge: str | None, api_key: str 
     from dclip_qdrant import stores
 
     return stores.open_store(collection, **_where(url, edge), api_key=api_key)
+
+
+def raise_rejected(report: Any, source: str, rejects: str | None) -> None:
+    """Says the first reasons and ends with exit code 3, if pictures were rejected."""
+    if report.rejected:
+        for reason in report.reasons:
+            front.say(f"  rejected: {reason}")
+        raise PartialError(source, f"{report.rejected:,} pictures rejected", do=f"reasons are in {rejects}")
 
 
 def key_values(values: tuple[str, ...], flag: str) -> dict[str, Any]:

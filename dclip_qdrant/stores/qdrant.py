@@ -6,6 +6,7 @@ same ids and values as the server's).
 
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -23,12 +24,35 @@ RETRY_ON = (408, 429, 500, 502, 503, 504)
 TRIES = 5
 TEXT_SCORING = (1, 20)  # the first version whose text index answers BM25
 SPARSE = "bm25"
+OURS = frozenset(("key", "uri", "content_hash", "caption", "width", "height", "boxes", "scores", "labels", "detector", "student", "split"))
 QUANTISED = {
     "int8": lambda: m.ScalarQuantization(scalar=m.ScalarQuantizationConfig(type=m.ScalarType.INT8, quantile=0.99, always_ram=True)),
     "turbo4": lambda: m.TurboQuantization(turbo=m.TurboQuantQuantizationConfig(bits=m.TurboQuantBitSize.BITS4, always_ram=True)),
     "turbo2": lambda: m.TurboQuantization(turbo=m.TurboQuantQuantizationConfig(bits=m.TurboQuantBitSize.BITS2, always_ram=True)),
     "binary": lambda: m.BinaryQuantization(binary=m.BinaryQuantizationConfig(always_ram=True)),
 }
+
+
+@dataclass(frozen=True)
+class Names:
+    """What our vectors and payload are called in a collection: their plain names in one of ours, under a mark in one that was there before us."""
+
+    mark: str = ""
+
+    def vector(self, name: str) -> str:
+        return f"{self.mark}_{name}" if self.mark else name
+
+    def field(self, key: str) -> str:
+        """A payload key in a filter: ours are nested."""
+        return f"{self.mark}.{key}" if self.mark and key.split("[")[0] in OURS else key
+
+    def payload(self, found: dict[str, Any] | None) -> dict[str, Any]:
+        """A stored payload as the rest of the product reads it."""
+        found = dict(found or {})
+        return found | found.pop(self.mark, {}) if self.mark else found
+
+    def vectors(self, found: Any) -> dict[str, Any]:
+        return {k: found[self.vector(k)] for k in ("image", "regions") if self.vector(k) in found} if isinstance(found, dict) else {}
 
 
 class Server:
@@ -120,8 +144,12 @@ class Qdrant:
         metadata = {META: {**metadata[META], "spec": spec.model_dump(mode="json")}}
         self._try(lambda: self.client.create_collection(self.name, vectors_config=vectors, metadata=metadata, **how))
         self._is = None
+        self._index(spec, Names())
+
+    def _index(self, spec: CollectionSpec, names: Names) -> None:
         import warnings
 
+        scored = self.server.version() >= TEXT_SCORING
         for key, kind in spec.payload_indexes.items():
             schema: Any = {
                 "keyword": m.PayloadSchemaType.KEYWORD,
@@ -133,7 +161,7 @@ class Qdrant:
                 schema = m.TextIndexParams(type=m.TextIndexType.TEXT, tokenizer=m.TokenizerType.WORD, **scoring)
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message=".*[Pp]ayload indexes have no effect.*")  # the in-memory engine needs none
-                self._try(lambda k=key, s=schema: self.client.create_payload_index(self.name, k, s, wait=True))
+                self._try(lambda k=key, s=schema: self.client.create_payload_index(self.name, names.field(k), s, wait=True))
 
     def metadata(self) -> dict[str, Any]:
         try:
@@ -146,6 +174,7 @@ class Qdrant:
 
     def set_metadata(self, metadata: dict[str, Any]) -> None:
         self._try(lambda: self.client.update_collection(self.name, metadata=metadata))
+        self._is = None
 
     def _known(self) -> Any:
         """What the server says of the collection. Raises StoreError with what there is where there is none."""
@@ -164,9 +193,14 @@ class Qdrant:
         """Vectors and their sizes: they don't change, so they are asked for once."""
         return (self._is or self._known()).config.params
 
+    def _names(self) -> Names:
+        self._params()
+        return Names((self._is.config.metadata or {}).get(META, {}).get("mark", ""))
+
     def _widths(self) -> Widths:
-        vectors, said = self._params().vectors, (self._is.config.metadata or {}).get(META, {})
-        stored = {k: v.size for k, v in vectors.items()} if isinstance(vectors, dict) else {}
+        vectors, names, said = self._params().vectors, self._names(), (self._is.config.metadata or {}).get(META, {})
+        sizes = {k: v.size for k, v in vectors.items()} if isinstance(vectors, dict) else {}
+        stored = {k: sizes[names.vector(k)] for k in ("image", "regions") if names.vector(k) in sizes}
         return Widths(said.get("dim") or stored.get("image", 0), stored)
 
     def _sparse(self) -> bool:
@@ -184,11 +218,77 @@ class Qdrant:
         self._known()
         return self._try(lambda: self.client.count(self.name, exact=True)).count
 
+    # --- as a guest in a collection that was there before us
+
+    def move_in(self, spec: CollectionSpec, dim: int, metadata: dict[str, Any], mark: str) -> None:
+        """Adds our vectors, indexes and metadata to the collection as it stands; nothing of its owner's changes. Doing it again finishes it.
+
+        Raises:
+            StoreError: a server before 1.18, or a vector of ours that has another width there.
+        """
+        said = self._known()
+        theirs = dict(said.config.metadata or {})
+        names, have = Names(mark), said.config.params.vectors
+        have = have if isinstance(have, dict) else {"": have}
+        for name, v in spec.vectors.items():
+            ours, size = names.vector(name), min(v.dim or dim, dim)
+            if ours in have and have[ours].size != size:
+                raise StoreError(
+                    f"{self.url}/{self.name}",
+                    f"a vector {ours!r} of {have[ours].size} numbers",
+                    str(size),
+                    "drop it, or take another --mark",
+                )
+            if ours not in have:
+                if self.server.version() < (1, 18):
+                    raise StoreError(
+                        self.url,
+                        "a Qdrant server before 1.18",
+                        "one that can add a vector to a live collection",
+                        "reindex into a new collection",
+                    )
+                kind = m.MultiVectorConfig(comparator=m.MultiVectorComparator.MAX_SIM) if v.multivector else None
+                config = m.DenseVectorNameConfig(dense=m.DenseVectorConfig(size=size, distance=m.Distance.COSINE, multivector_config=kind))
+                self._try(lambda n=ours, c=config: self.client.create_vector_name(self.name, n, c))
+            change = m.VectorParamsDiff(
+                hnsw_config=None if v.hnsw else m.HnswConfigDiff(m=0), on_disk=v.on_disk,
+                quantization_config=QUANTISED[v.quantization]() if v.quantization != "none" else None,
+            )  # fmt: skip
+            self._try(lambda n=ours, c=change: self.client.update_collection(self.name, vectors_config={n: c}))
+        self._index(spec, names)
+        self.set_metadata(theirs | {META: metadata[META] | {"mark": mark, "spec": spec.model_dump(mode="json")}})
+
+    def field_values(self, field: str) -> Iterator[tuple[str, Any]]:
+        """Every point's id and what it has in a payload field."""
+        offset: Any = None
+        while True:
+            found, offset = self._try(
+                lambda at=offset: self.client.scroll(self.name, limit=1000, offset=at, with_payload=[field], with_vectors=False)
+            )
+            for r in found:
+                value: Any = r.payload or {}
+                for part in field.split("."):
+                    value = value.get(part) if isinstance(value, dict) else None
+                yield str(r.id), value
+            if offset is None:
+                return
+
+    def update(self, points: list[Point]) -> None:
+        """Our vectors and payload of points that are there; everything else of them stays."""
+        widths, names = self._widths(), self._names()
+        vectors = [m.PointVectors(id=_id(p.id), vector={names.vector(k): v for k, v in widths.of(p).items()}) for p in points]
+        changes: list[Any] = [m.UpdateVectorsOperation(update_vectors=m.UpdateVectors(points=vectors))]
+        for p in points:
+            changes.append(m.SetPayloadOperation(set_payload=m.SetPayload(payload=p.payload, points=[_id(p.id)], key=names.mark)))
+        self._try(lambda: self.client.batch_update_points(self.name, changes, wait=True))
+
     def payloads(self, ids: list[str], keys: list[str] | None) -> dict[str, dict[str, Any]]:
         if not ids:
             return {}
-        found = self._try(lambda: self.client.retrieve(self.name, ids, with_payload=True if keys is None else keys, with_vectors=False))
-        return {str(r.id): pick(r.payload or {}, keys) for r in found}
+        names = self._names()
+        wanted = True if keys is None else [names.field(k) for k in keys]
+        found = self._try(lambda: self.client.retrieve(self.name, [_id(i) for i in ids], with_payload=wanted, with_vectors=False))
+        return {str(r.id): pick(names.payload(r.payload), keys) for r in found}
 
     def upsert(self, points: list[Point]) -> None:
         widths, sparse = self._widths(), self._sparse()
@@ -201,19 +301,21 @@ class Qdrant:
         self._try(lambda: self.client.upsert(self.name, some, wait=True))
 
     def query(self, query: Query) -> list[Hit]:
-        where, widths = _filter(query.where, query.exclude), self._widths()
+        widths, names = self._widths(), self._names()
+        where = _filter(tuple(replace(c, key=names.field(c.key)) for c in query.where), query.exclude)
+        image, regions = names.vector("image"), names.vector("regions")
         live: list[tuple[Any, str, float, Any]] = []  # query, using, weight, what it chooses from
         if query.vector is not None:
             dense = widths.cut(query.vector, "image")
-            live.append((dense, "image", query.weights[0], None))
-            chosen = m.Prefetch(query=dense, using="image", limit=query.candidates, filter=where)
-            live.append(([widths.cut(query.vector, "regions")], "regions", query.weights[2], chosen))
+            live.append((dense, image, query.weights[0], None))
+            chosen = m.Prefetch(query=dense, using=image, limit=query.candidates, filter=where)
+            live.append(([widths.cut(query.vector, "regions")], regions, query.weights[2], chosen))
         if query.text is not None and self._sparse():
             live.append((_bm25(query.text), SPARSE, query.weights[1], None))
         elif query.text is not None:
-            live.append((m.TextQuery(text=m.TextQueryInput(query=query.text)), "caption", query.weights[1], None))
+            live.append((m.TextQuery(text=m.TextQueryInput(query=query.text)), names.field("caption"), query.weights[1], None))
         live = [one for one in live if one[2] > 0]
-        kinds = (["regions"] if query.with_regions else []) + (["image"] if query.with_image else [])
+        kinds = [regions] * query.with_regions + [image] * query.with_image
         how: dict[str, Any] = {"limit": query.limit, "with_payload": query.with_payload, "with_vectors": kinds or False}
         if query.oversampling is not None:
             again = m.QuantizationSearchParams(rescore=query.oversampling > 0, oversampling=query.oversampling or None)
@@ -226,7 +328,7 @@ class Qdrant:
         if query.rescore is not None:
             inner = prefetch if len(prefetch) == 1 else [m.Prefetch(prefetch=prefetch, query=fusion, limit=query.candidates)]
             call = lambda: self.client.query_points(
-                self.name, prefetch=inner, query=widths.cut(query.rescore, "regions"), using="regions", **how
+                self.name, prefetch=inner, query=widths.cut(query.rescore, "regions"), using=regions, **how
             )
         elif len(live) == 1:
             q, using, _, inner = live[0]
@@ -240,24 +342,28 @@ class Qdrant:
         except (PointError, StoreError):
             self._known()  # says it better where the collection has gone
             raise
-        return [Hit(str(p.id), float(p.score), dict(p.payload or {}), *found_vectors(p.vector)) for p in found]
+        return [Hit(str(p.id), float(p.score), names.payload(p.payload), *found_vectors(names.vectors(p.vector))) for p in found]
 
     def facet(self, key: str, limit: int) -> list[tuple[str, int]]:
-        return [(str(h.value), h.count) for h in self._try(lambda: self.client.facet(self.name, key, limit=limit, exact=True)).hits]
+        return [
+            (str(h.value), h.count)
+            for h in self._try(lambda: self.client.facet(self.name, self._names().field(key), limit=limit, exact=True)).hits
+        ]
 
     def scroll(self, *, with_vectors: bool = False) -> Iterator[Point]:
         offset: Any = None
+        names = self._names()
         while True:
             found, offset = self._try(
                 lambda at=offset: self.client.scroll(self.name, limit=256, offset=at, with_payload=True, with_vectors=with_vectors)
             )
             for r in found:
-                v = r.vector or {}
+                v = names.vectors(r.vector)
                 yield Point(
                     str(r.id),
                     np.asarray(v["image"], np.float32) if with_vectors else np.zeros(0, np.float32),
                     found_vectors(v)[0],
-                    dict(r.payload or {}),
+                    names.payload(r.payload),
                 )
             if offset is None:
                 return
@@ -271,6 +377,10 @@ class Qdrant:
     def close(self) -> None:
         if self.alone:
             self.server.close()
+
+
+def _id(text: str) -> int | str:
+    return int(text) if text.isdigit() else text
 
 
 def _bm25(text: str, *, document: bool = False) -> m.SparseVector:
@@ -305,5 +415,5 @@ def _filter(where: tuple[Condition, ...], exclude: tuple[str, ...]) -> m.Filter 
             bound = {">=": "gte", "<=": "lte", ">": "gt", "<": "lt"}[c.op]
             must.append(m.FieldCondition(key=c.key, range=m.Range(**{bound: float(c.values[0])})))
     if exclude:
-        must_not.append(m.HasIdCondition(has_id=list(exclude)))
+        must_not.append(m.HasIdCondition(has_id=[_id(i) for i in exclude]))
     return m.Filter(must=must or None, must_not=must_not or None) if must or must_not else None

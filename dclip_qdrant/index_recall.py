@@ -202,6 +202,7 @@ def plot(series: dict[str, list[dict[str, Any]]], path: str) -> None:
     ticks = sorted({r["bytes"] for r in longest})
     axes.set_xticks(ticks, [f"{t:.0f}" for t in ticks])
     axes.minorticks_off()
+    axes.margins(0.08, 0.08)
     axes.set(xlabel="bytes a vector, as searched", ylabel=f"{recall} against exact float32 search")
     axes.grid(alpha=0.25)
     if len(series) > 1:

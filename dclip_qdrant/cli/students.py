@@ -49,7 +49,7 @@ def evaluate(student, pairs_path, split, labelled, base, bootstrap, through, set
             result["index_beside"] = {"student": list(series)[-1], "rows": list(series.values())[-1]}
     click.echo(json.dumps(result, indent=1) if form == "json" else evaluation.describe(result))
     if through and form == "table":
-        click.echo("\n" + index_recall.table(series))
+        click.echo("\n" + index_recall.table({name.removeprefix("dclip/"): rows for name, rows in series.items()}))
     if plot_file:
         index_recall.plot(series, plot_file)
         front.say(f"plot: {plot_file}")

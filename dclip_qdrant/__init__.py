@@ -10,7 +10,7 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "Student": "student", "Recipe": "recipe", "Regions": "regions", "Pairs": "pairs", "CollectionSpec": "collection",
-    "open_store": "stores", "register": "registration", "DclipError": "errors",
+    "open_store": "stores", "register": "registration", "guard": "client_guard", "DclipError": "errors",
 }  # fmt: skip
 __all__ = [*_PUBLIC, "__version__"]
 

@@ -86,6 +86,12 @@ def registered() -> dict[str, str]:
     return {name: _names[low].folder for low, name in _spelled.items()}
 
 
+def fingerprint_of(name: str) -> str | None:
+    """Of the student behind a name in this process."""
+    entry = _names.get(name.lower())
+    return entry.fingerprint if entry else None
+
+
 def _student(name: str, threads: int | None) -> tuple[Student, _Entry]:
     """One loaded student a folder and thread count, shared by its three models."""
     with _lock:

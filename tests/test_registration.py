@@ -222,3 +222,95 @@ def test_the_hook_is_silent_where_nothing_is_listed(monkeypatch, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         autoregister.register_listed()
+
+
+@pytest.fixture
+def two(student_folder, other_student):
+    """A guarded client, a collection that the first student filled, and both registered: they have one name and one width."""
+    from qdrant_client import QdrantClient, models
+
+    from dclip_qdrant import guard
+    from dclip_qdrant.collection import metadata_of
+
+    mine = registration.register(student_folder)
+    other = registration.register(other_student, alias=False)
+    client = guard(QdrantClient(":memory:"))
+    dim = Student.load(student_folder).dim
+    params = models.VectorParams(size=dim, distance=models.Distance.COSINE)
+    client.create_collection("c", vectors_config=params, metadata=metadata_of(Student.load(student_folder)))
+    client.create_collection("foreign", vectors_config=params)
+    client.upsert("c", [models.PointStruct(id=1, vector=models.Document(text="a red ball", model=mine), payload={})])
+    return client, mine, other
+
+
+def test_a_guarded_client_refuses_the_wrong_student_everywhere(two, pictures):
+    from qdrant_client import models
+
+    from dclip_qdrant.errors import MismatchError
+
+    client, mine, other = two
+    right, wrong = (models.Document(text="x", model=m) for m in (mine, other))
+    point = models.PointStruct(id=2, vector=models.Image(image=str(pictures[0]), model=other), payload={})
+    assert client.query_points("c", query=right).points[0].id == 1
+    assert client.query_points("c", query=models.Document(text="x", model="dclip/tiny")).points  # the alias is the right student's
+    for call in (
+        lambda: client.query_points("c", query=wrong),
+        lambda: client.query_points("c", prefetch=[models.Prefetch(query=wrong)], query=models.FusionQuery(fusion=models.Fusion.RRF)),
+        lambda: client.query_points("c", query=models.RecommendQuery(recommend=models.RecommendInput(positive=[wrong]))),
+        lambda: client.query_batch_points("c", requests=[models.QueryRequest(query=wrong)]),
+        lambda: client.upsert("c", [point]),
+        lambda: client.upsert(collection_name="c", points=[point]),
+        lambda: client.upload_points("c", iter([point])),
+        lambda: client.update_vectors("c", [models.PointVectors(id=1, vector=wrong)]),
+        lambda: client.query_points("c", query=models.Document(text="x", model="dclip/never@00000000")),  # a name that nobody registered
+    ):  # fmt: skip
+        with pytest.raises(MismatchError, match=r"filled by dclip/tiny@.*was asked to embed"):
+            call()
+    assert client.count("c").count == 1
+    assert client.query_points("foreign", query=wrong).points == []  # nothing of ours to protect there
+
+
+def test_a_guarded_client_follows_an_alias_that_moves(two, other_student):
+    from qdrant_client import models
+
+    from dclip_qdrant.collection import metadata_of
+    from dclip_qdrant.errors import MismatchError
+
+    client, _, other = two
+    student = Student.load(other_student)
+    client.create_collection(
+        "d", vectors_config=models.VectorParams(size=student.dim, distance=models.Distance.COSINE), metadata=metadata_of(student)
+    )
+    point_at = lambda name: client.update_collection_aliases(
+        [models.CreateAliasOperation(create_alias=models.CreateAlias(collection_name=name, alias_name="live"))]
+    )
+    query = models.Document(text="x", model=other)
+    point_at("c")
+    with pytest.raises(MismatchError):
+        client.query_points("live", query=query)
+    client.delete_collection("c")
+    point_at("d")
+    assert client.query_points("live", query=query).points == []
+
+
+def test_an_async_client_is_guarded_too(student_folder, other_student):
+    import asyncio
+
+    from qdrant_client import AsyncQdrantClient, models
+
+    from dclip_qdrant import guard
+    from dclip_qdrant.collection import metadata_of
+    from dclip_qdrant.errors import MismatchError
+
+    mine, other = registration.register(student_folder), registration.register(other_student, alias=False)
+
+    async def go():
+        client = guard(AsyncQdrantClient(":memory:"))
+        params = models.VectorParams(size=Student.load(student_folder).dim, distance=models.Distance.COSINE)
+        await client.create_collection("c", vectors_config=params, metadata=metadata_of(Student.load(student_folder)))
+        assert (await client.query_points("c", query=models.Document(text="x", model=mine))).points == []
+        with pytest.raises(MismatchError):
+            await client.query_points("c", query=models.Document(text="x", model=other))
+        await client.close()
+
+    asyncio.run(go())

@@ -1,5 +1,8 @@
 """One suite over every store: what is written comes back, queries agree with brute force, fusion is Qdrant's."""
 
+import os
+import uuid
+
 import numpy as np
 import pytest
 
@@ -41,15 +44,36 @@ def fill(store):
     return store
 
 
-@pytest.fixture(params=["exact", "edge", "memory"])
-def store(request, tmp_path):
+LIVE = [pytest.param(kind, marks=pytest.mark.live) for kind in ("rest", "grpc")]  # a real server, at QDRANT_URL
+OLD = {"memory-1.17": (1, 17), "memory-1.15": (1, 15)}  # what an older server lacks is made up for
+
+
+@pytest.fixture(params=["exact", "edge", "memory", *OLD, *LIVE])
+def store(request, tmp_path, monkeypatch):
+    if request.param in OLD:
+        monkeypatch.setattr("dclip_qdrant.stores.qdrant.Server.version", lambda self: OLD[request.param])
+    if request.param in ("rest", "grpc"):
+        where = place(url=live_url(request.param), api_key=os.environ.get("QDRANT_API_KEY"))
+        name = f"dclip-test-{uuid.uuid4().hex[:8]}"
+        s = where.open(name)
+        yield s
+        if s.exists():
+            where.drop(name)
+        where.close()
+        return
     s = {
         "exact": lambda: Exact("c"),
         "edge": lambda: open_store("c", edge=str(tmp_path)),
-        "memory": lambda: open_store("c", url=":memory:"),
-    }[request.param]()
+    }.get(request.param, lambda: open_store("c", url=":memory:"))()
     yield s
     s.close()
+
+
+def live_url(kind):
+    url = os.environ.get("QDRANT_URL")
+    if not url:
+        pytest.skip("no Qdrant server: set QDRANT_URL")
+    return url if kind == "rest" else "grpc://" + url.split("://")[-1].split(":")[0] + ":" + os.environ.get("QDRANT_GRPC_PORT", "6334")
 
 
 @pytest.fixture
@@ -284,3 +308,65 @@ def test_an_older_server_gets_sparse_bm25(monkeypatch):
     assert len(old.query(both)) == 10
     for s in (new, old):
         s.close()
+
+
+@pytest.mark.parametrize(("url", "wanted"), [
+    ("http://h:6333", {"url": "http://h:6333"}),
+    ("grpc://h", {"host": "h", "port": 6333, "grpc_port": 6334, "prefer_grpc": True, "https": False}),
+    ("grpcs://h.example:7000/", {"host": "h.example", "port": 6333, "grpc_port": 7000, "prefer_grpc": True, "https": True}),
+])  # fmt: skip
+def test_addresses(url, wanted):
+    from dclip_qdrant.stores.qdrant import _address
+
+    assert _address(url) == wanted
+
+
+def test_grpc_answers_become_our_errors(monkeypatch):
+    import grpc
+
+    from dclip_qdrant.stores import qdrant
+
+    class Said(grpc.RpcError):
+        def __init__(self, code):
+            self._code = code
+
+        def code(self):
+            return self._code
+
+        def details(self):
+            return "the reason"
+
+    monkeypatch.setattr(qdrant.time, "sleep", lambda s: None)
+    server, tries = place(url=":memory:"), []
+
+    def refuse(code):
+        def call():
+            tries.append(code)
+            raise Said(code)
+
+        return call
+
+    with pytest.raises(PointError, match="INVALID_ARGUMENT: the reason"):
+        server.call(refuse(grpc.StatusCode.INVALID_ARGUMENT))
+    assert len(tries) == 1
+    with pytest.raises(StoreError, match="UNAVAILABLE"):
+        server.call(refuse(grpc.StatusCode.UNAVAILABLE))
+    assert len(tries) == 1 + qdrant.TRIES
+
+
+def test_an_older_servers_metadata_stands_aside_and_follows_aliases(monkeypatch):
+    from dclip_qdrant.stores.qdrant import ASIDE
+
+    monkeypatch.setattr("dclip_qdrant.stores.qdrant.Server.version", lambda self: (1, 15))
+    where = place(url=":memory:")
+    store = where.open("c")
+    assert store.metadata() == {}
+    fill(store)
+    assert where.collections() == ["c"]
+    assert where.client.collection_exists(ASIDE)
+    where.point("live", "c")
+    fresh = where.open("live")
+    check_student(fresh.metadata(), FakeStudent, "live")
+    fresh.set_metadata(fresh.metadata() | {"note": 1})
+    assert where.open("c").metadata()["note"] == 1
+    assert len(where.open("c").query(Query(limit=3, vector=q()))) == 3

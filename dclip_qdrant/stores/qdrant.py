@@ -1,16 +1,18 @@
 """A Qdrant server, or qdrant-client's in-memory engine for `:memory:`.
 
-From 1.20 on a text index answers BM25 over `caption`; older servers get a sparse vector `bm25` beside the others, made by qdrant-edge's own BM25 (the
-same ids and values as the server's).
+What an older server lacks is made up for, down to 1.15: BM25 over a text index (1.20) by a sparse vector `bm25` beside the others, made by qdrant-edge's own
+BM25 (the same ids and values as the server's); weighted RRF (1.17) by fusing here; a collection's metadata (1.16) by a collection of our own, `dclip-metadata`.
 """
 
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
 import numpy as np
+from grpc import RpcError, StatusCode
 from qdrant_client import QdrantClient
 from qdrant_client import models as m
 from qdrant_client.http.exceptions import ApiException, ResponseHandlingException, UnexpectedResponse
@@ -18,11 +20,22 @@ from qdrant_client.http.exceptions import ApiException, ResponseHandlingExceptio
 from dclip_qdrant.collection import META, CollectionSpec
 from dclip_qdrant.errors import PointError, StoreError
 from dclip_qdrant.lookup import need
-from dclip_qdrant.stores import Condition, Hit, Point, Query, Widths, found_vectors, pick
+from dclip_qdrant.stores import Condition, Hit, Point, Query, Widths, found_vectors, pick, rrf
 
 RETRY_ON = (408, 429, 500, 502, 503, 504)
+RETRY_ON_GRPC = (
+    StatusCode.UNAVAILABLE,
+    StatusCode.RESOURCE_EXHAUSTED,
+    StatusCode.DEADLINE_EXCEEDED,
+    StatusCode.INTERNAL,
+    StatusCode.ABORTED,
+)
 TRIES = 5
 TEXT_SCORING = (1, 20)  # the first version whose text index answers BM25
+NEW_VECTORS = (1, 18)  # ... that adds a vector to a live collection
+WEIGHTED_RRF = (1, 17)
+METADATA = (1, 16)
+ASIDE = "dclip-metadata"  # where an older server keeps it
 SPARSE = "bm25"
 OURS = frozenset(("key", "uri", "content_hash", "caption", "width", "height", "boxes", "scores", "labels", "detector", "student", "split"))
 QUANTISED = {
@@ -55,14 +68,26 @@ class Names:
         return {k: found[self.vector(k)] for k in ("image", "regions") if self.vector(k) in found} if isinstance(found, dict) else {}
 
 
+def _address(url: str) -> dict[str, Any]:
+    """What QdrantClient takes for a URL; grpc://HOST[:6334] and grpcs:// speak gRPC (and REST on 6333 for what gRPC lacks)."""
+    scheme, _, rest = url.partition("://")
+    if scheme not in ("grpc", "grpcs"):
+        return {"url": url}
+    host, _, port = rest.rstrip("/").rpartition(":") if rest.rstrip("/").rpartition(":")[2].isdigit() else (rest.rstrip("/"), "", "6334")
+    return {"host": host, "port": 6333, "grpc_port": int(port), "prefer_grpc": True, "https": scheme == "grpcs"}
+
+
 class Server:
     """A Qdrant server; each call waits and tries again when it is busy or away."""
 
     def __init__(self, url: str, *, api_key: str | None = None, client: QdrantClient | None = None) -> None:
         self.where = self.url = url
         self.client = client or (
-            QdrantClient(":memory:") if url == ":memory:" else QdrantClient(url=url, api_key=api_key, timeout=60, check_compatibility=False)
+            QdrantClient(":memory:")
+            if url == ":memory:"
+            else QdrantClient(**_address(url), api_key=api_key, timeout=60, check_compatibility=False)
         )
+        self._version: tuple[int, int] | None = None
 
     def call(self, f: Callable[[], Any], where: str = "") -> Any:
         """Calls the server; honours Retry-After. Raises PointError for what it refuses, StoreError for the rest."""
@@ -78,17 +103,37 @@ class Server:
             except (ResponseHandlingException, ApiException) as e:
                 if attempt == TRIES - 1:
                     raise StoreError(self.url, f"no answer: {str(e)[:200]}", "a Qdrant server", "check --url") from e
+            except RpcError as e:
+                if e.code() not in RETRY_ON_GRPC or attempt == TRIES - 1:
+                    kind = PointError if e.code() in (StatusCode.INVALID_ARGUMENT, StatusCode.OUT_OF_RANGE) else StoreError
+                    raise kind(f"{self.url}/{where}", f"{e.code().name}: {(e.details() or '')[:300]}") from e
             except ValueError as e:  # qdrant-client's own engine
                 raise PointError(where, str(e)[:300]) from e
             time.sleep(min(wait, 30))
         return None
 
     def version(self) -> tuple[int, int]:
-        said = self.call(self.client.info).version.split(".")
-        return int(said[0]), int(said[1])
+        if self._version is None:
+            said = self.call(self.client.info).version.split(".")
+            self._version = int(said[0]), int(said[1])
+        return self._version
+
+    def metadata_aside(self, name: str) -> dict[str, Any]:
+        """What an older server was told of a collection."""
+        if not self.call(lambda: self.client.collection_exists(ASIDE)):
+            return {}
+        id_ = str(uuid.uuid5(uuid.NAMESPACE_URL, self.aliases().get(name, name)))
+        found = self.call(lambda: self.client.retrieve(ASIDE, [id_]), ASIDE)
+        return dict(found[0].payload or {}) if found else {}
+
+    def set_metadata_aside(self, name: str, metadata: dict[str, Any]) -> None:
+        if not self.call(lambda: self.client.collection_exists(ASIDE)):
+            self.call(lambda: self.client.create_collection(ASIDE, vectors_config={}), ASIDE)
+        id_ = str(uuid.uuid5(uuid.NAMESPACE_URL, self.aliases().get(name, name)))
+        self.call(lambda: self.client.upsert(ASIDE, [m.PointStruct(id=id_, vector={}, payload=metadata)], wait=True), ASIDE)
 
     def collections(self) -> list[str]:
-        return sorted(c.name for c in self.call(self.client.get_collections).collections)
+        return sorted(c.name for c in self.call(self.client.get_collections).collections if c.name != ASIDE)
 
     def aliases(self) -> dict[str, str]:
         return {a.alias_name: a.collection_name for a in self.call(self.client.get_aliases).aliases}
@@ -117,6 +162,7 @@ class Qdrant:
     def __init__(self, name: str, server: Server, *, alone: bool = False) -> None:
         self.name, self.server, self.url, self.client, self.alone = name, server, server.url, server.client, alone
         self._is: Any = None  # what the collection is, asked once
+        self._aside: dict[str, Any] | None = None
 
     def _try(self, f: Callable[[], Any]) -> Any:
         return self.server.call(f, self.name)
@@ -142,7 +188,11 @@ class Qdrant:
             need("qdrant_edge", f"BM25 on a Qdrant server older than {'.'.join(map(str, TEXT_SCORING))}")
             how["sparse_vectors_config"] = {SPARSE: m.SparseVectorParams(modifier=m.Modifier.IDF)}
         metadata = {META: {**metadata[META], "spec": spec.model_dump(mode="json")}}
-        self._try(lambda: self.client.create_collection(self.name, vectors_config=vectors, metadata=metadata, **how))
+        if self.server.version() >= METADATA:
+            how["metadata"] = metadata
+        else:
+            self.server.set_metadata_aside(self.name, metadata)
+        self._try(lambda: self.client.create_collection(self.name, vectors_config=vectors, **how))
         self._is = None
         self._index(spec, Names())
 
@@ -165,16 +215,28 @@ class Qdrant:
 
     def metadata(self) -> dict[str, Any]:
         try:
-            self._is = self._try(lambda: self.client.get_collection(self.name))
+            self._is, self._aside = self._try(lambda: self.client.get_collection(self.name)), None
         except (PointError, StoreError):
             if self.exists():
                 raise
             return {}
-        return self._is.config.metadata or {}
+        return self._said()
+
+    def _said(self) -> dict[str, Any]:
+        """The metadata, as it was when the collection was last looked at."""
+        self._params()
+        if self.server.version() >= METADATA:
+            return self._is.config.metadata or {}
+        if self._aside is None:
+            self._aside = self.server.metadata_aside(self.name)
+        return self._aside
 
     def set_metadata(self, metadata: dict[str, Any]) -> None:
-        self._try(lambda: self.client.update_collection(self.name, metadata=metadata))
-        self._is = None
+        if self.server.version() >= METADATA:
+            self._try(lambda: self.client.update_collection(self.name, metadata=metadata))
+        else:
+            self.server.set_metadata_aside(self.name, metadata)
+        self._is = self._aside = None
 
     def _known(self) -> Any:
         """What the server says of the collection. Raises StoreError with what there is where there is none."""
@@ -194,11 +256,10 @@ class Qdrant:
         return (self._is or self._known()).config.params
 
     def _names(self) -> Names:
-        self._params()
-        return Names((self._is.config.metadata or {}).get(META, {}).get("mark", ""))
+        return Names(self._said().get(META, {}).get("mark", ""))
 
     def _widths(self) -> Widths:
-        vectors, names, said = self._params().vectors, self._names(), (self._is.config.metadata or {}).get(META, {})
+        vectors, names, said = self._params().vectors, self._names(), self._said().get(META, {})
         sizes = {k: v.size for k, v in vectors.items()} if isinstance(vectors, dict) else {}
         stored = {k: sizes[names.vector(k)] for k in ("image", "regions") if names.vector(k) in sizes}
         return Widths(said.get("dim") or stored.get("image", 0), stored)
@@ -208,7 +269,7 @@ class Qdrant:
 
     def describe(self) -> dict[str, Any]:
         info = self._known()
-        spec = (info.config.metadata or {}).get(META, {}).get("spec", {})
+        spec = self._said().get(META, {}).get("spec", {})
         vectors = info.config.params.vectors
         dims = {k: v.size for k, v in vectors.items()} if isinstance(vectors, dict) else {"": vectors.size}
         return {"engine": "qdrant", "url": self.url, "points": self.count(), "dim": dims.get("image"), "vectors": spec.get("vectors", dims), "payload_indexes": spec.get("payload_indexes", {}),
@@ -227,7 +288,7 @@ class Qdrant:
             StoreError: a server before 1.18, or a vector of ours that has another width there.
         """
         said = self._known()
-        theirs = dict(said.config.metadata or {})
+        theirs = dict(self._said())
         names, have = Names(mark), said.config.params.vectors
         have = have if isinstance(have, dict) else {"": have}
         for name, v in spec.vectors.items():
@@ -240,7 +301,7 @@ class Qdrant:
                     "drop it, or take another --mark",
                 )
             if ours not in have:
-                if self.server.version() < (1, 18):
+                if self.server.version() < NEW_VECTORS:
                     raise StoreError(
                         self.url,
                         "a Qdrant server before 1.18",
@@ -315,6 +376,8 @@ class Qdrant:
         elif query.text is not None:
             live.append((m.TextQuery(text=m.TextQueryInput(query=query.text)), names.field("caption"), query.weights[1], None))
         live = [one for one in live if one[2] > 0]
+        if len(live) > 1 and self.server.version() < WEIGHTED_RRF:
+            return self._fused_here(query, widths, names)
         kinds = [regions] * query.with_regions + [image] * query.with_image
         how: dict[str, Any] = {"limit": query.limit, "with_payload": query.with_payload, "with_vectors": kinds or False}
         if query.oversampling is not None:
@@ -343,6 +406,34 @@ class Qdrant:
             self._known()  # says it better where the collection has gone
             raise
         return [Hit(str(p.id), float(p.score), names.payload(p.payload), *found_vectors(names.vectors(p.vector))) for p in found]
+
+    def _fused_here(self, query: Query, widths: Widths, names: Names) -> list[Hit]:
+        """Each source by itself, weighted RRF in this process, then payload and vectors (or the regions' MaxSim) of what came first."""
+        alone = replace(query, rescore=None, limit=query.candidates, with_payload=False, with_regions=False, with_image=False)
+        units = (
+            [(1.0, 0.0, 0.0)] * (query.vector is not None)
+            + [(0.0, 1.0, 0.0)] * (query.text is not None)
+            + [(0.0, 0.0, 1.0)] * (query.vector is not None)
+        )
+        used = [(u, w) for u in units if (w := float(np.dot(u, query.weights))) > 0]
+        scores = rrf([[h.id for h in self.query(replace(alone, weights=u))] for u, _ in used], tuple(w for _, w in used), query.rrf_k)
+        order = sorted(scores, key=lambda i: -scores[i])[: query.candidates]
+        kinds = [names.vector("regions")] * query.with_regions + [names.vector("image")] * query.with_image
+        how: dict[str, Any] = {"with_payload": query.with_payload, "with_vectors": kinds or False}
+        if query.rescore is not None:
+            chosen = m.Filter(must=[m.HasIdCondition(has_id=[_id(i) for i in order])])
+            vector, using = widths.cut(query.rescore, "regions"), names.vector("regions")
+            found = self._try(
+                lambda: self.client.query_points(self.name, query=vector, using=using, query_filter=chosen, limit=query.limit, **how)
+            ).points
+            scores, order = {str(p.id): float(p.score) for p in found}, [str(p.id) for p in found]
+        else:
+            order = order[: query.limit]
+            found = self._try(lambda: self.client.retrieve(self.name, [_id(i) for i in order], **how))
+        by_id = {str(p.id): p for p in found}
+        return [
+            Hit(i, scores[i], names.payload(by_id[i].payload), *found_vectors(names.vectors(by_id[i].vector))) for i in order if i in by_id
+        ]
 
     def facet(self, key: str, limit: int) -> list[tuple[str, int]]:
         return [

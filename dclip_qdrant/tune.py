@@ -1,7 +1,8 @@
 """Finds hybrid search's weights on the user's own pairs: chosen on one half of the pictures, measured on the other."""
 
 from collections.abc import Callable
-from itertools import product
+from dataclasses import dataclass
+from itertools import chain, product
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from dclip_qdrant.collection import META, check_student
 from dclip_qdrant.golden import Golden, Scores, by_picture
 from dclip_qdrant.metrics import paired_difference
 from dclip_qdrant.search import Fusion
-from dclip_qdrant.stores import Query, Store, rrf
+from dclip_qdrant.stores import Query, Store
 from dclip_qdrant.student import Student
 
 WEIGHTS = (0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0)  # of BM25 and of regions; dense has 1
@@ -27,8 +28,10 @@ def tune(store: Store, student: Student, golden: Golden, *, say: Callable[[int],
     metadata = store.metadata()
     check_student(metadata, student, store.name)
     lists = [_lists(store, vector, text) for vector, text in _asked(student, golden, say)]
-    choose, measure = (np.array([p in set(half.picture) for p in golden.picture]) for half in golden.halves())
-    scores = {f: _scores(lists, golden, f) for f in _grid(regions=any(r for _, _, r in lists))}
+    has_regions = any(r for _, _, r in lists)
+    candidates = Candidates.of(lists, golden.right)
+    choose, measure = (np.isin(golden.picture, half.picture) for half in golden.halves())
+    scores = {f: candidates.scores(f) for f in _grid(regions=has_regions)}
     # the plainest of those within a hair of the best: fewer sources, then weights nearest to even
     value = {f: float(s.together[choose].mean()) for f, s in scores.items()}
     top = max(value.values())
@@ -40,9 +43,9 @@ def tune(store: Store, student: Student, golden: Golden, *, say: Callable[[int],
     alone = {"dense": Fusion(1, 0, 0), "bm25": Fusion(0, 1, 0), "regions": Fusion(0, 0, 1), "untuned": Fusion()}
     compared, rows = [], {"tuned": _part(scores[best], measure).row()}
     for name, f in alone.items():
-        if f.regions and not any(r for _, _, r in lists):
+        if f.regions and not has_regions:
             continue
-        theirs = _part(scores.get(f) or _scores(lists, golden, f), measure)
+        theirs = _part(scores.get(f) or candidates.scores(f), measure)
         rows[name] = theirs.row()
         compared.append(
             {"than": name} | paired_difference(by_picture(theirs.together, rest), by_picture(_part(scores[best], measure).together, rest))
@@ -73,18 +76,37 @@ def _grid(*, regions: bool) -> list[Fusion]:
     return [*out, Fusion(0.0, 1.0, 0.0)]
 
 
-def _scores(lists: list[tuple[list[str], list[str], list[str]]], golden: Golden, f: Fusion) -> Scores:
-    weights = (f.dense, f.bm25, f.regions)
-    best = np.full(len(golden), np.inf)
-    for n, (found, right) in enumerate(zip(lists, golden.right, strict=True)):
-        live = [(ids, w) for ids, w in zip(found, weights, strict=True) if w > 0]
-        if len(live) == 1:
-            order = live[0][0][:10]
-        else:
-            score = rrf([ids for ids, _ in live], tuple(w for _, w in live), f.k)
-            order = sorted(score, key=lambda i: -score[i])[:10]
-        best[n] = next((rank for rank, i in enumerate(order, 1) if i in right), np.inf)
-    return Scores.of_ranks(best)
+@dataclass(frozen=True)
+class Candidates:
+    """Everything that the sources found for Q queries, at most U things each: what every fusion is computed from at once.
+
+    ranks [3, Q, U]: from 0, infinity where a source didn't have it; right [Q, U].
+    """
+
+    ranks: np.ndarray
+    right: np.ndarray
+
+    @classmethod
+    def of(cls, lists: list[tuple[list[str], list[str], list[str]]], right: list[set[str]]) -> "Candidates":
+        each = [list(dict.fromkeys(chain(*found))) for found in lists]  # in the order in which `rrf` meets them: that breaks ties
+        shape = (len(lists), max(1, *(len(ids) for ids in each)))
+        ranks, good = np.full((3, *shape), np.inf), np.zeros(shape, bool)
+        for n, (ids, found) in enumerate(zip(each, lists, strict=True)):
+            place = {i: u for u, i in enumerate(ids)}
+            for source, one in enumerate(found):
+                ranks[source, n, [place[i] for i in one]] = np.arange(len(one))
+            good[n, : len(ids)] = [i in right[n] for i in ids]
+        return cls(ranks, good)
+
+    def scores(self, f: Fusion) -> Scores:
+        """As searching with this fusion would score."""
+        weights = (f.dense, f.bm25, f.regions)
+        total = sum(1.0 / ((r + 1) / w + f.k - 1) for r, w in zip(self.ranks, weights, strict=True) if w > 0)  # stores.rrf
+        own = np.where(self.right, total, 0.0)
+        at = own.argmax(1)
+        best = own[np.arange(len(own)), at][:, None]
+        before = (total > best) | ((total == best) & (np.arange(total.shape[1]) < at[:, None]))
+        return Scores.of_ranks(np.where(best[:, 0] > 0, before.sum(1) + 1.0, np.inf))
 
 
 def _part(s: Scores, where: np.ndarray) -> Scores:

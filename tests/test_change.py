@@ -122,6 +122,27 @@ def test_tuning_finds_the_source_that_is_right(student_folder):
     assert "tuned minus dense" in tune.describe(result)
 
 
+def test_every_fusion_at_once_is_the_sum_of_its_ranks(rng):
+    """`Candidates` against `stores.rrf` and a sort, query by query."""
+    from dclip_qdrant.search import Fusion
+    from dclip_qdrant.stores import rrf
+
+    names = [f"p{i}" for i in range(30)]
+    lists = [tuple(list(rng.permutation(names)[: rng.integers(0, 25)]) for _ in range(3)) for _ in range(50)]
+    right = [set(rng.choice(names, 2)) for _ in lists]
+    candidates = tune.Candidates.of(lists, right)
+    for f in (Fusion(1, 0.5, 0.3, 2), Fusion(1, 1, 0, 60), Fusion(0, 1, 0, 60), Fusion(1, 3, 2, 10)):
+        wanted = []
+        for found, good in zip(lists, right, strict=True):
+            score = rrf(list(found), (f.dense, f.bm25, f.regions), f.k)
+            order = sorted(score, key=lambda i: -score[i])
+            wanted.append(next((n for n, i in enumerate(order, 1) if i in good), np.inf))
+        got = candidates.scores(f)
+        np.testing.assert_array_equal(got.r10, np.array(wanted) <= 10)
+        np.testing.assert_array_equal(got.r1, np.array(wanted) <= 1)
+        np.testing.assert_allclose(got.rr, np.where(np.array(wanted) <= 10, 1 / np.array(wanted), 0))
+
+
 def test_search_uses_what_was_tuned(old, student_folder, pairs_folder):
     student = Student.load(student_folder)
     g = golden.load(str(pairs_folder), old, split="test")

@@ -35,7 +35,9 @@ KEYS = {
     "onnx_bytes": "image.onnx and text.onnx",
     "ms_per_image": "tower alone, batches of 32, median",
     "ms_per_text": "tokens and tower, one text at a time, median",
-    "index": "with --through: a row for each index setting: " + "; ".join(f"{k}: {v}" for k, v in INDEX_KEYS.items()),
+}
+THROUGH = {  # besides, with --through
+    "index": "a row for each index setting: " + "; ".join(f"{k}: {v}" for k, v in INDEX_KEYS.items()),
     "index_beside": "with --beside: the other student and its rows",
 }
 

@@ -24,7 +24,7 @@ def generated() -> dict[str, Any]:
     return out | {
         "recipe.schema.json": Recipe.model_json_schema(),
         "student.schema.json": student,
-        "evaluation.json": {"about": "dclip-qdrant evaluate --format json", "keys": evaluation.KEYS},
+        "evaluation.json": {"about": "dclip-qdrant evaluate --format json", "keys": evaluation.KEYS, "with --through": evaluation.THROUGH},
     }
 
 

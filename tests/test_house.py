@@ -107,6 +107,7 @@ def test_public_names_exist():
         "Regions",
         "Student",
         "__version__",
+        "guard",
         "open_store",
         "register",
     ]

@@ -10,8 +10,10 @@ import sys
 import threading
 import urllib.error
 import urllib.request
+import warnings
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+from urllib.parse import unquote
 
 from pydantic import TypeAdapter
 from qdrant_client import models
@@ -82,43 +84,103 @@ class Handler(BaseHTTPRequestHandler):
         length = int(self.headers.get("Content-Length") or 0)
         body = json.loads(self.rfile.read(length) or b"null")
         path = self.path.split("?")[0]
-        engine = self.server.engine
         try:
             with self.server.lock:
                 if path == "/":
                     self.answer(200, {"title": "qdrant - vector search engine", "version": "1.20.0"})
                     return
-                if m := re.fullmatch(r"/collections/([^/]+)/exists", path):
-                    result: Any = {"exists": engine.collection_exists(m[1])}
-                elif (m := re.fullmatch(r"/collections/([^/]+)", path)) and self.command == "PUT":
-                    c = models.CreateCollection(**body)
-                    result = engine.create_collection(m[1], vectors_config=c.vectors, metadata=c.metadata)
-                elif m := re.fullmatch(r"/collections/([^/]+)", path):
-                    result = engine.get_collection(m[1])
-                elif (m := re.fullmatch(r"/collections/([^/]+)/points", path)) and self.command == "PUT":
-                    result = engine.upsert(m[1], [models.PointStruct(**p) for p in self.server.infer(body, "update")["points"]])
-                elif m := re.fullmatch(r"/collections/([^/]+)/points/query", path):
-                    q = models.QueryRequest(**self.server.infer(body, "search"))
-                    result = engine.query_points(
-                        m[1],
-                        query=q.query,
-                        prefetch=q.prefetch,
-                        using=q.using,
-                        query_filter=q.filter,
-                        limit=q.limit or 10,
-                        with_payload=True,
-                    )
+                for method, pattern, act in ROUTES:
+                    if method == self.command and (m := re.fullmatch(pattern, path)):
+                        result = act(self.server, unquote(m[1]) if m.groups() else None, body)
+                        break
                 else:
-                    self.answer(404, {"status": {"error": path}})
+                    self.answer(404, {"status": {"error": f"{self.command} {path}"}})
                     return
-            plain = result if isinstance(result, bool | dict) else json.loads(TypeAdapter(type(result)).dump_json(result))
+            if isinstance(result, dict) and "list" in result:
+                result = result["list"]
+            plain = result if isinstance(result, bool | dict | list) else json.loads(TypeAdapter(type(result)).dump_json(result))
             self.answer(200, {"result": plain, "status": "ok", "time": 0.0})
         except Refused as e:
             self.answer(400, {"status": {"error": str(e)}, "time": 0.0})
         except ValueError as e:
-            self.answer(404, {"status": {"error": str(e)}, "time": 0.0})
+            self.answer(404 if "not found" in str(e) else 400, {"status": {"error": str(e)}, "time": 0.0})
 
-    do_GET = do_PUT = do_POST = do
+    do_GET = do_PUT = do_POST = do_PATCH = do_DELETE = do
+
+
+def _query(server: Standin, name: str, body: Any) -> Any:
+    q = models.QueryRequest(**server.infer(body, "search"))
+    return server.engine.query_points(
+        name, query=q.query, prefetch=q.prefetch, using=q.using, query_filter=q.filter, limit=q.limit or 10, with_payload=True if q.with_payload is None else q.with_payload,
+        with_vectors=q.with_vector or False,
+    )  # fmt: skip
+
+
+def _create(server: Standin, name: str, body: Any) -> Any:
+    c = models.CreateCollection(**body)
+    return server.engine.create_collection(name, vectors_config=c.vectors, sparse_vectors_config=c.sparse_vectors, metadata=c.metadata)
+
+
+def _change(server: Standin, name: str, body: Any) -> Any:
+    c = models.UpdateCollection(**body)
+    return server.engine.update_collection(name, metadata=c.metadata) if c.metadata is not None else True
+
+
+def _scroll(server: Standin, name: str, body: Any) -> Any:
+    r = models.ScrollRequest(**body)
+    points, offset = server.engine.scroll(
+        name,
+        scroll_filter=r.filter,
+        limit=r.limit or 10,
+        offset=r.offset,
+        with_payload=True if r.with_payload is None else r.with_payload,
+        with_vectors=r.with_vector or False,
+    )
+    return {"points": json.loads(TypeAdapter(list[models.Record]).dump_json(points)), "next_page_offset": offset}
+
+
+def _retrieve(server: Standin, name: str, body: Any) -> Any:
+    r = models.PointRequest(**body)
+    found = server.engine.retrieve(
+        name, r.ids, with_payload=True if r.with_payload is None else r.with_payload, with_vectors=r.with_vector or False
+    )
+    return {"list": json.loads(TypeAdapter(list[models.Record]).dump_json(found))}
+
+
+def _facet(server: Standin, name: str, body: Any) -> Any:
+    r = models.FacetRequest(**body)
+    return server.engine.facet(name, r.key, limit=r.limit or 10)
+
+
+def _index(server: Standin, name: str, body: Any) -> Any:
+    i = models.CreateFieldIndex(**body)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that indexes do nothing for this engine
+        return server.engine.create_payload_index(name, i.field_name, i.field_schema)
+
+
+def _move(server: Standin, _: None, body: Any) -> Any:
+    return server.engine.update_collection_aliases(models.ChangeAliasesOperation(**body).actions)
+
+
+COLLECTION = "/collections/([^/]+)"
+ROUTES = (
+    ("GET", "/collections", lambda s, n, b: s.engine.get_collections()),
+    ("GET", "/aliases", lambda s, n, b: s.engine.get_aliases()),
+    ("POST", "/collections/aliases", _move),
+    ("GET", COLLECTION + "/exists", lambda s, n, b: {"exists": s.engine.collection_exists(n)}),
+    ("GET", COLLECTION, lambda s, n, b: s.engine.get_collection(n)),
+    ("PUT", COLLECTION, _create),
+    ("PATCH", COLLECTION, _change),
+    ("DELETE", COLLECTION, lambda s, n, b: s.engine.delete_collection(n)),
+    ("PUT", COLLECTION + "/index", _index),
+    ("PUT", COLLECTION + "/points", lambda s, n, b: s.engine.upsert(n, [models.PointStruct(**p) for p in s.infer(b, "update")["points"]])),
+    ("POST", COLLECTION + "/points", _retrieve),
+    ("POST", COLLECTION + "/points/query", _query),
+    ("POST", COLLECTION + "/points/scroll", _scroll),
+    ("POST", COLLECTION + "/points/count", lambda s, n, b: s.engine.count(n)),
+    ("POST", COLLECTION + "/facet", _facet),
+)
 
 
 if __name__ == "__main__":

@@ -48,12 +48,27 @@ LIVE = [pytest.param(kind, marks=pytest.mark.live) for kind in ("rest", "grpc")]
 OLD = {"memory-1.17": (1, 17), "memory-1.15": (1, 15)}  # what an older server lacks is made up for
 
 
-@pytest.fixture(params=["exact", "edge", "memory", *OLD, *LIVE])
+@pytest.fixture(scope="module")
+def standin():
+    """The server's REST interface over the in-memory engine, on a port of its own."""
+    import threading
+
+    from qdrant_standin import Standin
+
+    server = Standin("http://127.0.0.1:1/none")
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server.url
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture(params=["exact", "edge", "memory", *OLD, "rest-standin", *LIVE])
 def store(request, tmp_path, monkeypatch):
     if request.param in OLD:
         monkeypatch.setattr("dclip_qdrant.stores.qdrant.Server.version", lambda self: OLD[request.param])
-    if request.param in ("rest", "grpc"):
-        where = place(url=live_url(request.param), api_key=os.environ.get("QDRANT_API_KEY"))
+    if request.param in ("rest", "grpc", "rest-standin"):
+        url = request.getfixturevalue("standin") if request.param == "rest-standin" else live_url(request.param)
+        where = place(url=url, api_key=os.environ.get("QDRANT_API_KEY"))
         name = f"dclip-test-{uuid.uuid4().hex[:8]}"
         s = where.open(name)
         yield s

@@ -18,6 +18,11 @@ def normalise(x: np.ndarray) -> np.ndarray:
     return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
 
 
+def shorten(x: np.ndarray, dim: int | None) -> np.ndarray:
+    """[..., D] -> unit vectors of the first `dim` components; None leaves them whole."""
+    return x if dim is None else normalise(x[..., :dim])
+
+
 @dataclass(frozen=True)
 class Ranks:
     """Where the right items came out, from 1.

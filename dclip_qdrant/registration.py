@@ -19,6 +19,7 @@ from PIL import Image
 from dclip_qdrant import images
 from dclip_qdrant.errors import UsageError
 from dclip_qdrant.lookup import need
+from dclip_qdrant.metrics import shorten
 from dclip_qdrant.student import Student
 
 ENV = "DCLIP_STUDENTS"  # folders, separated like PATH: what child processes and autoregister read
@@ -183,6 +184,9 @@ def _classes() -> list[type]:
         threads: int | None
 
         def __init__(self, model_name: str, cache_dir: str | None = None, threads: int | None = None, **kwargs: Any) -> None:
+            self.dim = kwargs.pop("dim", None)  # models.Document(..., options={"dim": 128}): for collections of short vectors
+            if self.dim is not None and not (isinstance(self.dim, int) and 1 <= self.dim <= self.get_embedding_size(model_name)):
+                raise UsageError(f"{model_name}: dim", repr(self.dim), f"1 to {self.get_embedding_size(model_name)}")
             super().__init__(model_name, cache_dir, threads, **kwargs)
             if not kwargs.get("lazy_load"):
                 _student(model_name, threads)
@@ -197,7 +201,7 @@ def _classes() -> list[type]:
 
         @property
         def embedding_size(self) -> int:
-            return self.get_embedding_size(self.model_name)
+            return self.dim or self.get_embedding_size(self.model_name)
 
         @property
         def student(self) -> Student:
@@ -212,12 +216,12 @@ def _classes() -> list[type]:
             self, documents: str | Iterable[str], batch_size: int = 256, parallel: int | None = None, **_: Any
         ) -> Iterator[np.ndarray]:
             for batch in _batches(_items(documents), batch_size):
-                yield from self.student.embed_texts(batch)
+                yield from shorten(self.student.embed_texts(batch), self.dim)
 
     class DclipImage(Ours, ImageEmbeddingBase):
         def embed(self, images: Any, batch_size: int = 16, parallel: int | None = None, **_: Any) -> Iterator[np.ndarray]:
             for batch in _batches(_items(images), batch_size):
-                yield from self.student.embed_images([_picture(v) for v in batch])
+                yield from shorten(self.student.embed_images([_picture(v) for v in batch]), self.dim)
 
     class DclipRegions(Ours, LateInteractionMultimodalEmbeddingBase):
         suffixes = ("", REGIONS)
@@ -226,7 +230,7 @@ def _classes() -> list[type]:
             self, documents: str | Iterable[str], batch_size: int = 256, parallel: int | None = None, **_: Any
         ) -> Iterator[np.ndarray]:
             for batch in _batches(_items(documents), batch_size):
-                yield from self.student.embed_texts(batch)[:, None]
+                yield from shorten(self.student.embed_texts(batch)[:, None], self.dim)
 
         def embed_image(self, images: Any, batch_size: int = 16, parallel: int | None = None, **_: Any) -> Iterator[np.ndarray]:
             student, entry = _student(self.model_name, self.threads)
@@ -234,7 +238,7 @@ def _classes() -> list[type]:
             for batch in _batches(_items(images), batch_size):
                 pictures = [_picture(v) for v in batch]
                 for picture, found in zip(pictures, detector(pictures), strict=True):
-                    yield student.embed_regions(picture, found.top(TOP_K))
+                    yield shorten(student.embed_regions(picture, found.top(TOP_K)), self.dim)
 
     _made.extend((DclipText, DclipImage, DclipRegions))
     return _made

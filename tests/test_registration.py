@@ -314,3 +314,23 @@ def test_an_async_client_is_guarded_too(student_folder, other_student):
         await client.close()
 
     asyncio.run(go())
+
+
+def test_a_collection_of_short_vectors_is_filled_and_queried_through_options(student_folder, pictures):
+    from qdrant_client import QdrantClient, models
+
+    name, client = registration.register(student_folder), QdrantClient(":memory:")
+    client.create_collection("c", vectors_config=models.VectorParams(size=6, distance=models.Distance.COSINE))
+    short = {"options": {"dim": 6}}
+    client.upsert(
+        "c", [models.PointStruct(id=i, vector=models.Image(image=str(p), model=name, **short), payload={}) for i, p in enumerate(pictures)]
+    )
+    hits = client.query_points("c", query=models.Image(image=str(pictures[2]), model=name, **short), limit=9).points
+    assert hits[0].id == 2
+    student = Student.load(student_folder)
+    vectors = student.embed_images([open_rgb(read(p), p) for p in pictures])[:, :6]
+    vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    assert hits[1].score == pytest.approx(np.sort(vectors @ vectors[2])[-2], abs=1e-5)
+    assert client.query_points("c", query=models.Document(text="a red ball", model=name, **short)).points
+    with pytest.raises(UsageError, match="1 to"):
+        client.query_points("c", query=models.Document(text="a red ball", model=name, options={"dim": 9999}))

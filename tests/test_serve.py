@@ -115,7 +115,9 @@ BAD = {
     "an unknown data_type": (one("a", "video"), 400, "expected text, image or object"),
     "a wrong purpose": (one("a") | {"inference": "train"}, 400, '"search" or "update"'),
     "options that aren't an object": (one("a", options=[1]), 400, "expected an object or null"),
-    "an unknown option": (one("a", options={"dim": 3}), 400, "'dim' is unknown"),
+    "an unknown option": (one("a", options={"dims": 3}), 400, "'dims' is unknown"),
+    "a length of nothing": (one("a", options={"dim": 0}), 400, "expected a whole number above 0"),
+    "a length beyond the student's": (one("a", options={"dim": 10_000}), 400, "dclip/tiny"),
     "an empty text": (one("  \n"), 400, "an empty text"),
     "a number as text": (one(7), 400, "the number 7"),
     "a text too long": (one("x" * 2001), 413, "2,001 characters"),
@@ -170,7 +172,7 @@ def test_bad_doors(client):
         assert answer.status_code == status
         assert list(answer.json()) == ["error"]
     for body, status in (({"model": "x", "input": "a"}, 404), ({"model": "dclip/tiny", "input": []}, 400), ({"model": "dclip/tiny", "input": [[1, 2]]}, 400),
-                         ({"model": "dclip/tiny", "input": "a", "dimensions": 7}, 400), ({"model": "dclip/tiny/regions", "input": "a"}, 400),
+                         ({"model": "dclip/tiny", "input": "a", "dimensions": 10_000}, 400), ({"model": "dclip/tiny", "input": "a", "dimensions": True}, 400), ({"model": "dclip/tiny/regions", "input": "a"}, 400),
                          ({"input": "a"}, 400), ({"model": "dclip/tiny", "input": "a", "encoding_format": "hex"}, 400)):  # fmt: skip
         answer = client.post("/v1/embeddings", json=body)
         assert answer.status_code == status
@@ -400,3 +402,14 @@ def test_a_collection_of_another_student_is_refused(other_student, student_folde
         assert answer.status_code == 409
         assert s.model_name in answer.json()["error"]
         assert Student.load(student_folder).model_name in answer.json()["error"]
+
+
+def test_short_vectors_are_the_first_components(client, student_folder):
+    from dclip_qdrant.metrics import normalise
+
+    whole = Student.load(student_folder).embed_texts(["a red star"])[0]
+    short = normalise(whole[:5])
+    got = client.post("/inference", json=one("a red star", options={"dim": 5})).json()["embeddings"][0]
+    assert got == pytest.approx(short.tolist(), abs=1e-5)
+    got = client.post("/v1/embeddings", json={"model": "dclip/tiny", "input": "a red star", "dimensions": 5}).json()["data"][0]["embedding"]
+    assert got == pytest.approx(short.tolist(), abs=1e-5)

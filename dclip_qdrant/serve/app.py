@@ -18,6 +18,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from dclip_qdrant.errors import DclipError
+from dclip_qdrant.metrics import shorten
 from dclip_qdrant.serve.engine import Engine
 from dclip_qdrant.serve.gallery import Gallery
 from dclip_qdrant.serve.inputs import parse_inference, parse_json, text_input
@@ -162,14 +163,16 @@ class Service:
             raise Refused(404, e.message) from None
         if regions:
             raise Refused(400, "model: regions are multivectors, which this shape can't carry; use /inference")
-        if body.get("dimensions") not in (None, student.dim):
-            raise Refused(400, f"dimensions: this student has {student.dim}")
+        dim = body.get("dimensions")
+        if dim is not None and (not isinstance(dim, int) or isinstance(dim, bool) or not 1 <= dim <= student.dim):
+            raise Refused(400, f"dimensions: expected 1 to {student.dim}, what this student has")
         texts = [given] if isinstance(given, str) else given
         if not isinstance(texts, list) or not texts or not all(isinstance(t, str) for t in texts):
             raise Refused(400, "input: expected a text or a list of texts")
         if len(texts) > self.engine.limits.inputs:
             raise Refused(413, f"input: {len(texts):,} texts; at most {self.engine.limits.inputs:,} a request")
-        vectors = await self.engine.embed([text_input(t, model, f"input[{i}]", self.engine.limits) for i, t in enumerate(texts)])
+        inputs = [text_input(t, model, f"input[{i}]", self.engine.limits) for i, t in enumerate(texts)]
+        vectors = [shorten(v, dim) for v in await self.engine.embed(inputs)]
         tokens = await asyncio.get_running_loop().run_in_executor(self.engine.decoders, student.token_count, texts)
         shape = lambda v: v.tolist() if form == "float" else base64.b64encode(np.ascontiguousarray(v, "<f4").tobytes()).decode()
         data = [{"object": "embedding", "index": i, "embedding": shape(v)} for i, v in enumerate(vectors)]

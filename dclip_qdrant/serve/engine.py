@@ -11,6 +11,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from dclip_qdrant.errors import UsageError
 from dclip_qdrant.lookup import did_you_mean
+from dclip_qdrant.metrics import shorten
 from dclip_qdrant.registration import REGIONS, TOP_K
 from dclip_qdrant.serve.batcher import Batcher, Line
 from dclip_qdrant.serve.inputs import Input, picture
@@ -79,9 +80,13 @@ class Engine:
     async def embed(self, inputs: list[Input]) -> list[np.ndarray]:
         """A vector [D] an input, or [R, D] for "/regions" models; in order. Raises Refused."""
         who = [self.student(i.model, f"{i.where}.model") for i in inputs]  # every name is right before anything is decoded
+        for i, (s, _) in zip(inputs, who, strict=True):
+            if i.dim is not None and i.dim > s.dim:
+                raise Refused(400, f"{i.where}.options.dim: {i.dim}; {s.model_name} has {s.dim}")
         self.line.enter(len(inputs))
         try:
-            return await asyncio.gather(*(self._one(i, s, regions) for i, (s, regions) in zip(inputs, who, strict=True)))
+            found = await asyncio.gather(*(self._one(i, s, regions) for i, (s, regions) in zip(inputs, who, strict=True)))
+            return [shorten(v, i.dim) for v, i in zip(found, inputs, strict=True)]
         finally:
             self.line.leave(len(inputs))
 

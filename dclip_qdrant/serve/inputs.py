@@ -7,7 +7,7 @@ import re
 import urllib.error
 import urllib.parse
 import urllib.request
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from PIL import Image
@@ -27,6 +27,7 @@ class Input:
     data: str
     model: str
     where: str  # for messages: inputs[3]
+    dim: int | None = None  # how many components are wanted; None: all
 
 
 def parse_json(body: bytes) -> Any:
@@ -69,10 +70,12 @@ def _input(raw: Any, where: str, limits: Limits) -> Input:
         raise Refused(400, f"{where}.model: {_came(model)}; expected a student's name")
     if options is not None and not isinstance(options, dict):
         raise Refused(400, f"{where}.options: {_came(options)}; expected an object or null")
-    if options:
-        raise Refused(
-            400, f"{where}.options: {next(iter(options))!r} is unknown; students take no options (regions are the model name + '/regions')"
-        )
+    wrong = next((k for k in options or {} if k != "dim"), None)
+    if wrong is not None:
+        raise Refused(400, f"{where}.options: {wrong!r} is unknown; students take dim alone (regions are the model name + '/regions')")
+    dim = (options or {}).get("dim")
+    if dim is not None and (not isinstance(dim, int) or isinstance(dim, bool) or dim < 1):
+        raise Refused(400, f"{where}.options.dim: {_came(dim)}; expected a whole number above 0")
     if kind == "object":  # arbitrary JSON: a text, or {"text": ...} / {"image": ...}
         if isinstance(data, dict) and len(data) == 1 and next(iter(data)) in ("text", "image"):
             ((kind, data),) = data.items()
@@ -82,7 +85,8 @@ def _input(raw: Any, where: str, limits: Limits) -> Input:
             raise Refused(400, f'{where}.data: {_came(data)}; expected a text, {{"text": ...}} or {{"image": ...}}')
     if kind not in ("text", "image"):
         raise Refused(400, f"{where}.data_type: {_came(kind)}; expected text, image or object")
-    return text_input(data, model, where, limits) if kind == "text" else image_input(data, model, where, limits)
+    given = text_input(data, model, where, limits) if kind == "text" else image_input(data, model, where, limits)
+    return replace(given, dim=dim)
 
 
 def text_input(data: Any, model: str, where: str, limits: Limits) -> Input:

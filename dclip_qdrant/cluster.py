@@ -153,6 +153,21 @@ def map_pairs(
     return did
 
 
+def once(f: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """f(*args, say=…, device=…, **kwargs) as one Ray task, on a GPU where the cluster has one; its lines come out as they are said."""
+    connect()
+    import ray
+
+    @ray.remote(num_cpus=1, num_gpus=1 if gpus() else 0, max_retries=3)
+    def task() -> Any:
+        import torch
+
+        torch.set_num_threads(os.cpu_count() or 1)
+        return f(*args, say=lambda line: print(line, flush=True), device="cuda" if torch.cuda.is_available() else "cpu", **kwargs)
+
+    return ray.get(task.remote())
+
+
 def ours(error: BaseException) -> DclipError | None:
     """The DclipError inside what Ray raised, if there is one: workers' errors come wrapped several deep."""
     seen: set[int] = set()

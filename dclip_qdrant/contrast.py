@@ -1,5 +1,7 @@
 """What contrastive objectives share: cosine logits of two sets of vectors, and the ways to compare logits with labels and with a teacher's."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -22,11 +24,15 @@ def info_nce(logits: Tensor, owner: Tensor) -> Tensor:
     return (by_image + F.cross_entropy(logits.T, owner)) / 2
 
 
-def divergence(s: Tensor, t: Tensor, y: Tensor, labels: float) -> Tensor:
-    """KL(labels * y + (1 - labels) * softmax(t) || softmax(s)) over logits [N, M], the mean of both ways; y [N, M] is 1 where they belong together."""
+def divergence(s: Tensor, t: Tensor | Sequence[Tensor], y: Tensor, labels: float) -> Tensor:
+    """KL(labels * y + (1 - labels) * mean_m softmax(t_m) || softmax(s)) over logits [N, M], the mean of both ways; y [N, M] is 1 where they belong together.
 
-    def one_way(s: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        q = labels * y / y.sum(1, keepdim=True) + (1 - labels) * t.softmax(-1)
+    `t`: one teacher's logits, or several teachers' (averaged after their softmax, as MobileCLIP does).
+    """
+    several = [t] if isinstance(t, Tensor) else list(t)
+
+    def one_way(s: Tensor, several: list[Tensor], y: Tensor) -> Tensor:
+        q = labels * y / y.sum(1, keepdim=True) + (1 - labels) * sum(t.softmax(-1) for t in several) / len(several)
         return F.kl_div(s.log_softmax(-1), q, reduction="batchmean")
 
-    return (one_way(s, t, y) + one_way(s.T, t.T, y.T)) / 2
+    return (one_way(s, several, y) + one_way(s.T, [t.T for t in several], y.T)) / 2

@@ -71,6 +71,7 @@ class Cache:
     texts: np.ndarray | None = None  # [T, D] float16, all captions in order
     first: np.ndarray | None = None  # [N + 1] where each picture's captions begin in `texts`
     teacher: np.ndarray | None = None  # [N, V, C, D] float16 (C = 1: the same for all captions), zero beyond a picture's captions
+    others: tuple["Cache", ...] = ()  # further teachers' image and texts, of the same views
 
     @property
     def views(self) -> int:
@@ -170,6 +171,20 @@ def apply_view(image: Image.Image, crop: np.ndarray, flip: bool) -> Image.Image:
         left, top = int(x0 * image.width), int(y0 * image.height)
         image = image.crop((left, top, max(left + 1, round(x1 * image.width)), max(top + 1, round(y1 * image.height))))
     return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else image
+
+
+def in_view(boxes: np.ndarray, crop: np.ndarray, flip: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Boxes [N, 4] of whole pictures as parts of their views `crop` [N, 4] (mirrored where `flip` [N]) and how much of each box the view shows [N].
+
+    All are x0, y0, x1, y1 as parts of width and height.
+    """
+    origin, size = np.tile(crop[:, :2], 2), np.tile(crop[:, 2:] - crop[:, :2], 2)
+    free = (boxes - origin) / np.maximum(size, 1e-6)
+    cut = free.clip(0, 1)
+    area = lambda b: np.maximum(b[:, 2] - b[:, 0], 0) * np.maximum(b[:, 3] - b[:, 1], 0)
+    part = area(cut) / np.maximum(area(free), 1e-9)
+    mirrored = np.stack([1 - cut[:, 2], cut[:, 1], 1 - cut[:, 0], cut[:, 3]], 1)
+    return np.where(np.asarray(flip, bool)[:, None], mirrored, cut).astype(np.float32), part
 
 
 class Decoded:

@@ -1,22 +1,21 @@
 """The one job: runs whatever stage is missing, reuses the rest, and ends with a student folder and a table that shows what it is worth."""
 
 import json
-import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from upath import UPath
 
-from dclip_qdrant import cluster, evaluation, metrics
+from dclip_qdrant import cluster, evaluation
+from dclip_qdrant.comparison import differences, figures, recipe_rows, row, same_budget
 from dclip_qdrant.errors import GateError, UsageError
 from dclip_qdrant.labelled import Labelled
 from dclip_qdrant.lookup import need
 from dclip_qdrant.pairs import Pairs
 from dclip_qdrant.recipe import Recipe
-from dclip_qdrant.stages import Stage
+from dclip_qdrant.stages import Stage, digest
 
 Say = Callable[[str], None]
 
@@ -41,7 +40,16 @@ class Job:
 
     @property
     def student(self) -> str:
+        """The model that students start from; a cut of the base stands in a folder under the stages once `cut_student` wrote it."""
+        cut = self.recipe.student.inherit
+        if cut:
+            return str(UPath(self.stages) / f"inherit-{digest({'base': self.base, **cut.model_dump()})}")
         return self.recipe.student.model or self.base
+
+    @property
+    def reference(self) -> str | None:
+        """What retention is measured against, where it isn't the student as it starts: a cut of the base by itself knows nothing."""
+        return self.base if self.recipe.student.inherit else None
 
     @property
     def stages(self) -> str:
@@ -56,21 +64,16 @@ class Prepared:
     features: Stage
     cache: Stage | None
     teacher: Stage | None
+    others: tuple[str, ...] = ()
 
 
-def same_budget(recipe: Recipe, main: Recipe) -> Recipe:
-    """`recipe` with the main one's detector, trainable set, budget and interpolation: rows are compared at equal student forward passes."""
-    raw, other = recipe.as_dict(), main.as_dict()
-    for part in ("student", "train", "keep"):
-        raw[part] = other[part]
-    raw["regions"] |= {k: other["regions"][k] for k in ("detector", "options")}
-    share = main.train.region_share
-    if share and not any(o.options.get("of") == "regions" for o in recipe.objectives):
-        raw["train"] = other["train"] | {
-            "region_share": 0.0,
-            "epochs": math.ceil(main.train.epochs * (1 + share)),
-        }  # crops are forward passes too
-    return Recipe(**raw)
+def cut_student(job: Job) -> None:
+    """Writes the student's starting point, where it is a cut of the base."""
+    cut = job.recipe.student.inherit
+    if cut:
+        from dclip_qdrant.models import inherit
+
+        inherit.write(job.base, Path(job.student), image_layers=cut.image_layers, text_layers=cut.text_layers)
 
 
 def regions(job: Job) -> Stage:
@@ -80,6 +83,17 @@ def regions(job: Job) -> Stage:
     if job.from_scratch:
         regions_stage(job.stages, pairs, job.recipe).clear()
     return extract_regions(job.stages, pairs, job.recipe, actors=job.actors, say=job.say)
+
+
+WIDTH = 1024  # any that no objective's option exceeds: what is asked here doesn't hang on it
+
+
+def wants_regions(recipe: Recipe) -> bool:
+    """Whether a teacher or an objective asks for boxes."""
+    from dclip_qdrant.training.student_task import Weighted
+
+    asked = Weighted(recipe.objectives, WIDTH, WIDTH).reads
+    return recipe.teacher is not None or recipe.train.region_share > 0 or bool(asked & {"regions", "rois"})
 
 
 def prepare(job: Job, recipe: Recipe) -> Prepared:
@@ -95,7 +109,7 @@ def prepare(job: Job, recipe: Recipe) -> Prepared:
     s = recipe.student
     student.choose("image", s.train, last_n=s.last_n, rank=s.lora_rank, alpha=s.lora_alpha)
     trunk = student.trunk_frozen
-    boxes = regions(job) if recipe.teacher else None
+    boxes = regions(job) if wants_regions(recipe) else None
     seed = job.seeds[0]
     features = ray_stages.features_stage(job.stages, pairs, recipe, base=job.base, base_print=base.fingerprint, student=job.student, student_print=student.fingerprint, trunk=trunk,
                                          regions=boxes, seed=seed)  # fmt: skip
@@ -112,8 +126,9 @@ def prepare(job: Job, recipe: Recipe) -> Prepared:
         actors=job.actors,
         say=job.say,
     )
+    others = tuple(_other_teacher(job, recipe, pairs, model, seed) for model in recipe.ensemble.models)
     if recipe.teacher is None:
-        return Prepared(features, None, None)
+        return Prepared(features, None, None, others)
     run = Run(kind="teacher", root=job.stages, inputs={"features": features.path.name, "teacher": recipe.teacher.model_dump(mode="json"), "seed": seed}, recipe=recipe.as_dict(), seed=seed,
               base=job.base, student=job.student, pairs=job.pairs, features=str(features.path))  # fmt: skip
     cache = Stage(job.stages, "teacher-cache", {"teacher": run.stage.path.name})
@@ -122,7 +137,31 @@ def prepare(job: Job, recipe: Recipe) -> Prepared:
         cache.clear()
     ray_train.run_all([run], workers=job.workers, storage=_storage(job), say=job.say)
     ray_stages.teacher_cache(cache, features, base=job.base, teacher=run.stage.path, actors=job.actors, say=job.say)
-    return Prepared(features, cache, run.stage)
+    return Prepared(features, cache, run.stage, others)
+
+
+def prepare_beside(job: Job, recipe: Recipe, main: Prepared) -> Prepared:
+    """What a rival trains from: the main recipe's features serve it too, where it asks for no teacher or views of its own."""
+    if recipe.teacher is None and not recipe.ensemble.models and recipe.train.views == job.recipe.train.views and (wants_regions(job.recipe) or not wants_regions(recipe)):
+        return Prepared(main.features, None, None)
+    return prepare(job, recipe)
+
+
+def _other_teacher(job: Job, recipe: Recipe, pairs: Pairs, model: str, seed: int) -> str:
+    """Where a further teacher's features of the same views are; made if they are missing."""
+    from dclip_qdrant import ray_stages
+    from dclip_qdrant.models import two_tower
+
+    if model == "base":
+        return model
+    alone = Recipe(**(recipe.as_dict() | {"teacher": None}))
+    fingerprint = two_tower.load(model).fingerprint
+    stage = ray_stages.features_stage(job.stages, pairs, alone, base=model, base_print=fingerprint, student=model, student_print="", trunk=False, regions=None, seed=seed)
+    if job.from_scratch:
+        stage.clear()
+    job.say(f"further teacher {model}")
+    ray_stages.extract_features(stage, pairs, alone, base=model, student=None, regions=None, seed=seed, actors=job.actors, say=job.say)
+    return str(stage.path)
 
 
 def _storage(job: Job) -> str:
@@ -147,17 +186,47 @@ def check(job: Job) -> None:
     from dclip_qdrant.models import two_tower
     from dclip_qdrant.training.student_task import Weighted
 
+    cut_student(job)
     teacher_dim = two_tower.load(job.base).dim
     dim = teacher_dim if job.student == job.base else two_tower.load(job.student).dim
     for recipe in (job.recipe, *(same_budget(r, job.recipe) for r in job.compare)):
         Weighted(recipe.objectives, dim, teacher_dim)
         Weighted(recipe.index.objectives, dim, dim)
-        if recipe.teacher:
+        if wants_regions(recipe):
             build(recipe.regions.detector, recipe.regions.options)
     if job.labelled:
         Labelled.open(job.labelled)
     if not have.get("val") and (len(job.recipe.keep.wise_ft) > 1):
         job.say("no val split: WiSE-FT's alpha can't be chosen by retrieval, the largest that keeps the retention is taken")
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What names a student's run besides its recipe: hashes of the pairs, the starting model and the labelled pictures, and the split of the table."""
+
+    pairs: str
+    student: str
+    labelled: str | None
+    split: str
+
+
+def student_run(job: Job, recipe: Recipe, seed: int, p: Prepared, facts: Facts) -> Any:
+    """The `Run` of one recipe and seed."""
+    from dclip_qdrant.training.runs import Run
+
+    inputs = asdict(facts) | {"recipe": recipe.as_dict(), "seed": seed, "features": p.features.path.name, "cache": p.cache.path.name if p.cache else None,
+                              "min_retention": job.min_retention}  # fmt: skip
+    if p.others:
+        inputs["others"] = [UPath(o).name for o in p.others]
+    return Run(kind="student", root=job.stages, inputs=inputs, recipe=recipe.as_dict(), seed=seed, base=job.base, student=job.student, pairs=job.pairs,
+               features=str(p.features.path), teacher=str(p.cache.path) if p.cache else None, others=p.others, reference=job.reference, labelled=job.labelled,
+               min_retention=job.min_retention, split=facts.split)  # fmt: skip
+
+
+def base_run(student: Any) -> Any:
+    """The `Run` that measures what a student's run is held against: the model that it starts from, or the one that it was cut from."""
+    inputs = {k: student.inputs[k] for k in ("pairs", "student", "labelled", "split", "features")}
+    return replace(student, kind="base", inputs=inputs, teacher=None, others=())
 
 
 def distill(job: Job) -> dict[str, Any]:
@@ -178,43 +247,24 @@ def distill(job: Job) -> dict[str, Any]:
         job.say(f"no test split: the table is measured on {split}" + (", which also chose alpha" if split == "val" else ""))
     base = two_tower.load(job.base)
     student = base if job.student == job.base else two_tower.load(job.student)
-    labelled = Labelled.open(job.labelled).fingerprint if job.labelled else None
-    common = {"pairs": pairs.fingerprint, "student": student.fingerprint, "labelled": labelled, "split": split}
-
-    def run(recipe: Recipe, seed: int, p: Prepared) -> Run:
-        inputs = common | {
-            "recipe": recipe.as_dict(),
-            "seed": seed,
-            "features": p.features.path.name,
-            "cache": p.cache.path.name if p.cache else None,
-            "min_retention": job.min_retention,
-        }
-        return Run(kind="student", root=job.stages, inputs=inputs, recipe=recipe.as_dict(), seed=seed, base=job.base, student=job.student, pairs=job.pairs,
-                   features=str(p.features.path), teacher=str(p.cache.path) if p.cache else None, labelled=job.labelled, min_retention=job.min_retention, split=split)  # fmt: skip
-
+    facts = Facts(pairs.fingerprint, student.fingerprint, Labelled.open(job.labelled).fingerprint if job.labelled else None, split)
     recipes = [*(same_budget(r, job.recipe) for r in job.compare), job.recipe]
     main = prepare(job, job.recipe)
     runs: list[Run] = []
     for recipe in recipes:
-        p = main if recipe == job.recipe else Prepared(main.features, None, None) if recipe.teacher is None else prepare(job, recipe)
-        runs += [run(recipe, seed, p) for seed in job.seeds]
-    first = runs[0]
-    start = Run(**(first.as_dict() | {"kind": "base", "inputs": common | {"features": first.inputs["features"]}, "teacher": None}))
+        p = main if recipe == job.recipe else prepare_beside(job, recipe, main)
+        runs += [student_run(job, recipe, seed, p, facts) for seed in job.seeds]
+    start = base_run(runs[0])
     if job.from_scratch:
         for r in (start, *runs):
             r.stage.clear()
     ray_train.run_all([start, *runs], workers=job.workers, storage=_storage(job), say=job.say)
-    rows = [_row("base", [_figures(start)])]
+    rows = [row("base", [figures(start)])]
     for recipe in recipes:
-        group = [r for r in runs if r.recipe == recipe.as_dict()]
-        name = recipe.name
-        if recipe != job.recipe and len(recipe.keep.wise_ft) > 1:
-            rows.append(_row(name, [_figures(r, "_at_1") for r in group]))
-            name += "+wise_ft"
-        rows.append(_row(name, [_figures(r) for r in group], [r.stage.manifest()["metrics"]["alpha"] for r in group]))
+        rows += recipe_rows(recipe, [r for r in runs if r.recipe == recipe.as_dict()], both=recipe != job.recipe)
     chosen = next(r for r in runs if r.recipe == job.recipe.as_dict() and r.seed == job.seeds[0])
     folder = _export(job, chosen, base=student, rows=rows)
-    result = {"rows": rows, "student": str(folder), "split": split, "comparisons": _comparisons(runs, start, job), "runs": {r.label: str(r.stage.path) for r in runs},
+    result = {"rows": rows, "student": str(folder), "split": split, "comparisons": differences(job.recipe, runs, start), "runs": {r.label: str(r.stage.path) for r in runs},
               "teacher": main.teacher.manifest() if main.teacher else None}  # fmt: skip
     (UPath(job.out) / "table.json").write_text(json.dumps(result, indent=1) + "\n")
     text = evaluation.table(rows)
@@ -239,58 +289,6 @@ def distill(job: Job) -> dict[str, Any]:
     return result
 
 
-def _figures(run: Any, suffix: str = "") -> dict[str, Any]:
-    """A run's figures on the test split; with "_at_1" those of the trained weights before WiSE-FT."""
-    m = run.stage.manifest()["metrics"]
-    return m["test" + suffix] | {k: m.get(k + suffix, m.get(k)) for k in ("zero_shot", "retention")}
-
-
-def _row(name: str, seeds: list[dict[str, Any]], alphas: list[float] | None = None) -> dict[str, Any]:
-    """Means over seeds, the standard deviation beside them."""
-
-    def over(get: Callable[[dict[str, Any]], float | None]) -> tuple[float | None, float | None]:
-        values = [get(s) for s in seeds]
-        if any(v is None for v in values):
-            return None, None
-        return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None
-
-    row: dict[str, Any] = {"name": name, "seeds": len(seeds), "n_images": seeds[0]["n_images"], "n_texts": seeds[0]["n_texts"]}
-    spread: dict[str, Any] = {}
-    for way in ("t2i", "i2t"):
-        row[way], spread[way] = {}, {}
-        for key in seeds[0][way]:
-            row[way][key], spread[way][key] = over(lambda s, w=way, k=key: s[w][k])
-    for key in ("mrr", "map", "mean_r@1", "zero_shot", "retention"):
-        row[key], spread[key] = over(lambda s, k=key: s.get(k))
-    if len(seeds) > 1:
-        row["spread"] = spread
-    else:
-        row["ci"] = seeds[0].get("ci")
-    if alphas:
-        row["alphas"] = alphas
-    return row
-
-
-def _comparisons(runs: list[Any], start: Any, job: Job) -> list[dict[str, Any]]:
-    """The main recipe against the base and each other recipe, paired over pictures; seeds are averaged picture by picture."""
-    from dclip_qdrant.training.runs import load_ranks
-
-    def score(stage: Stage, name: str) -> np.ndarray:
-        return metrics.mean_r1(load_ranks(stage.path, name))
-
-    def mean(recipe: dict[str, Any], name: str) -> np.ndarray:
-        chosen = [r.stage for r in runs if r.recipe == recipe]
-        return np.mean([score(s, name if (s.path / f"ranks-{name}.npz").exists() else "test") for s in chosen], axis=0)
-
-    mine = mean(job.recipe.as_dict(), "test")
-    rivals = [("base", score(start.stage, "test"))]
-    for recipe in {json.dumps(r.recipe): r.recipe for r in runs if r.recipe != job.recipe.as_dict()}.values():
-        rivals.append((recipe["name"], mean(recipe, "test_at_1")))
-        if len(recipe["keep"]["wise_ft"]) > 1:
-            rivals.append((recipe["name"] + "+wise_ft", mean(recipe, "test")))
-    return [{"of": job.recipe.name, "than": name} | metrics.paired_difference(theirs, mine) for name, theirs in rivals]
-
-
 def _export(job: Job, chosen: Any, *, base: Any, rows: list[dict[str, Any]]) -> Path:
     """The student folder, and the base beside it in the same form (for before-and-after, and for retention on other pictures)."""
     import safetensors.torch
@@ -303,7 +301,7 @@ def _export(job: Job, chosen: Any, *, base: Any, rows: list[dict[str, Any]]) -> 
     base_folder = out / "base"
     if not (base_folder / "manifest.json").exists() or job.from_scratch:
         export(
-            two_tower.load(job.student),
+            two_tower.load(job.reference or job.student),
             base_folder,
             name="base",
             metrics={},

@@ -101,7 +101,7 @@ class Featurise:
         self.recipe, self.out, self.seed = Recipe(**recipe), UPath(out), seed
         self.base = load(base).to(self.device)
         self.student = None if student is None else self.base if student == base else load(student).to(self.device)
-        self.regions = load_regions(UPath(regions)) if regions else {}
+        self.regions = load_regions(UPath(regions)) if regions else None
         crops = self.base.preprocess
         self.crop_preprocess = replace(crops, resize_mode="squash")
         if self.recipe.teacher and not self.recipe.teacher.normalise_crops:  # as released: ToTensor alone, bilinear squash
@@ -118,7 +118,7 @@ class Featurise:
         out, at = [], 0
         for row, (views, cs, boxes, cuts) in zip(rows, prepared, strict=True):
             own, own_trunk = [next(found) for _ in cs], [next(found_trunk) for _ in cs] if trunk is not None else []
-            if self.recipe.teacher is not None and self.recipe.teacher.include_global:
+            if self.regions is not None and (self.recipe.teacher is None or self.recipe.teacher.include_global):
                 own, cuts = [base[at], *own], [(0.0, 0.0, 1.0, 1.0), *cuts]
                 own_trunk = [trunk[at], *own_trunk] if trunk is not None else []
             said = [next(texts) for _ in row["captions"]]
@@ -145,7 +145,7 @@ class Featurise:
             boxes += [(view_box(rng, t.crop_scale), t.flip and bool(rng.random() < 0.5)) for _ in range(t.views - 1)]
         views = [self.base.preprocess.pixels(apply_view(image, np.array(b), f)) for b, f in boxes]
         crops, cuts = [], []
-        if self.recipe.teacher is not None and row["key"] in self.regions:
+        if self.regions is not None and row["key"] in self.regions:
             pixels = self.regions[row["key"]].top(r.top_k).cuts(image.width, image.height, context=r.context)
             crops = [self.crop_preprocess.pixels(image.crop(c)) for c in pixels]
             cuts = [(a / image.width, b / image.height, c / image.width, d / image.height) for a, b, c, d in pixels]

@@ -9,7 +9,7 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dclip_qdrant.errors import RecipeError
 from dclip_qdrant.lookup import did_you_mean
@@ -60,11 +60,25 @@ class Teacher(_Part):
     schedule: Literal["cosine", "constant"] = "cosine"
 
 
+class Ensemble(_Part):
+    """Further teachers whose vectors are cached and mixed into soft targets (dataset reinforcement, MobileCLIP)."""
+
+    models: tuple[str, ...] = Field((), description="open_clip names or local folders; `base` is the base model as it was")
+
+
+class Inherit(_Part):
+    """A lighter student cut from the base: evenly spaced layers, each inherited whole (ConaCLIP's and TinyCLIP's students). Null keeps all."""
+
+    image_layers: int | None = Field(None, gt=0)
+    text_layers: int | None = Field(None, gt=0)
+
+
 class Student(_Part):
     model: str | None = Field(None, description="an open_clip name (ViT-B-32/openai), a local folder, or null: the same model as the base")
     train: Trainable = Field("attn_proj", description="which image parameters learn; the output projection always does")
     text: Trainable = Field("frozen", description="which text parameters learn; frozen keeps old text vectors valid")
     last_n: Positive = Field(2, description="blocks that learn under `last_n`")
+    inherit: Inherit | None = Field(None, description="start from a cut of the base; `model` is then left out")
     lora_rank: Positive = 8
     lora_alpha: float = Field(16.0, gt=0)
 
@@ -81,8 +95,16 @@ class Objective(BaseModel):
         return dict(self.__pydantic_extra__ or {})
 
 
+class Phase(_Part):
+    """A part of the schedule in which one tower rests."""
+
+    towers: Literal["image", "text", "both"]
+    epochs: Positive
+
+
 class Train(_Part):
     epochs: Positive = 5
+    phases: tuple[Phase, ...] = Field((), description="one after another, e.g. image, text, both (ConaCLIP's staging); their epochs must sum to `epochs`")
     batch_size: Positive = Field(256, description="global: what InfoNCE sees, over all workers")
     chunk_size: Positive = Field(64, description="pictures a forward pass; a larger batch is gradient-cached (same gradient, less memory)")
     captions: Positive = Field(1, description="captions drawn for each picture in a step")
@@ -90,6 +112,7 @@ class Train(_Part):
         0.0,
         description="crops drawn beside the pictures, as a part of the batch, for objectives of regions; rivals get as many more epochs",
     )
+    span_share: Weight = Field(0.0, description="phrases drawn beside the captions, as a part of the batch's pictures, for objectives of spans")
     views: Positive = Field(
         1, description="stored augmentations of each picture (teacher and student see the same); 1 is the plain picture alone"
     )
@@ -131,11 +154,20 @@ class Recipe(_Part):
     about: str = Field("", description="what it is for, in a line or two")
     regions: Regions = Regions()
     teacher: Teacher | None = Field(None, description="absent: no teacher, e.g. plain fine-tuning")
+    ensemble: Ensemble = Ensemble()
     student: Student = Student()
     objectives: tuple[Objective, ...] = Field(min_length=1)
     train: Train = Train()
     keep: Keep = Keep()
     index: Index = Index()
+
+    @model_validator(mode="after")
+    def _agrees(self) -> "Recipe":
+        if self.train.phases and sum(p.epochs for p in self.train.phases) != self.train.epochs:
+            raise ValueError(f"train.phases have {sum(p.epochs for p in self.train.phases)} epochs, train.epochs says {self.train.epochs}")
+        if self.student.inherit and self.student.model:
+            raise ValueError("student.inherit cuts the student from the base: leave student.model out")
+        return self
 
     @classmethod
     def load(cls, name: str | Path, settings: tuple[str, ...] | list[str] = ()) -> "Recipe":
@@ -212,6 +244,8 @@ def _readable(where: object, e: ValidationError) -> RecipeError:
             kinds = [a for a in getattr(field.annotation, "__args__", (field.annotation,)) if isinstance(a, type)] if field else []
             model = next((k for k in kinds if issubclass(k, BaseModel)), model)
         return RecipeError(where, f"unknown key {key!r}", do=did_you_mean(str(first["loc"][-1]), list(model.model_fields)))
+    if first["type"] == "value_error":
+        return RecipeError(where, str(first["ctx"]["error"]))
     if first["type"] == "missing":
         return RecipeError(where, f"no {key!r}", "a value for it")
     return RecipeError(where, f"{key} = {json.dumps(first['input'], default=str)}", first["msg"][0].lower() + first["msg"][1:])

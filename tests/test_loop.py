@@ -32,6 +32,9 @@ class Toy:
     def groups(self):
         return [{"params": list(self.modules.parameters()), "lr": 1e-2, "weight_decay": 0.0}]
 
+    def begin(self, epoch):
+        pass
+
     def batch(self, index, epoch):
         return self.x[index], self.y[index], self.t[index]
 

@@ -26,11 +26,22 @@ def test_there_are_objectives():
 
 
 def encoded(n=6, c=1, d=5, seed=0, dtype=torch.float32, grad=False):
+    """A batch with everything that an objective may read."""
     g = torch.Generator().manual_seed(seed)
-    image, text = torch.randn(n, d, generator=g, dtype=dtype), torch.randn(n * c, d, generator=g, dtype=dtype)
+    draw = lambda *shape: torch.randn(*shape, generator=g, dtype=dtype)
+    image, text = draw(n, d), draw(n * c, d)
     return Encoded(
-        image.requires_grad_(grad), text.requires_grad_(grad), torch.arange(n).repeat_interleave(c), torch.tensor(10.0, dtype=dtype)
-    )
+        image.requires_grad_(grad), text.requires_grad_(grad), torch.arange(n).repeat_interleave(c), torch.tensor(10.0, dtype=dtype),
+        rois=draw(n, 3, d).requires_grad_(grad), roi_mask=torch.tensor([[True, True, i % 2 == 0] for i in range(n)]), words=draw(n * c, 4, d).requires_grad_(grad),
+        word_mask=torch.tensor([[True, True, True, i % 2 == 1] for i in range(n * c)]), noise=draw(n * c, d),
+    )  # fmt: skip
+
+
+def shuffled(e, p):
+    """The batch (one caption a picture) in another order."""
+    take = lambda x: None if x is None else x[p]
+    return Encoded(take(e.image), take(e.text), e.owner, e.logit_scale, rois=take(e.rois), roi_mask=take(e.roi_mask), words=take(e.words),
+                   word_mask=take(e.word_mask), noise=take(e.noise), others=tuple(shuffled(o, p) for o in e.others))  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -42,15 +53,16 @@ def test_contract_scalar_finite_differentiable(name, captions):
     assert value.shape == ()
     assert torch.isfinite(value)
     value.backward()
-    assert student.image.grad.abs().sum() > 0
+    reached = [v.grad for v in (student.image, student.text, student.rois, student.words) if v.grad is not None]
+    assert sum(g.abs().sum() for g in reached) > 0
+    assert all(torch.isfinite(g).all() for g in reached)
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_permutation_of_the_batch_changes_nothing(name):
     objective = made(name, 5)
     s, t, p = encoded(), encoded(seed=1), torch.randperm(6, generator=torch.Generator().manual_seed(3))
-    shuffled = [Encoded(e.image[p], e.text[p], e.owner, e.logit_scale) for e in (s, t)]
-    torch.testing.assert_close(objective(s, t), objective(*shuffled))
+    torch.testing.assert_close(objective(s, t), objective(shuffled(s, p), shuffled(t, p)))
 
 
 @pytest.mark.parametrize("name", [n for n in ALL if n not in STRAIGHT_THROUGH])
@@ -58,10 +70,11 @@ def test_gradcheck(name):
     objective = made(name, 4).double()
     t = encoded(4, d=4, seed=1, dtype=torch.float64)
 
-    def f(image, text):
-        return objective(Encoded(image, text, torch.arange(4), torch.tensor(10.0).double()), t)
-
     s = encoded(4, d=4, dtype=torch.float64)
+
+    def f(image, text):
+        return objective(s.with_vectors(image, text), t)
+
     assert torch.autograd.gradcheck(f, (s.image.requires_grad_(), s.text.requires_grad_()))
 
 
@@ -229,7 +242,7 @@ def test_dclip_hybrid_loss_is_the_sum_of_its_terms():
 @pytest.mark.parametrize(("name", "options", "says"), [
     ("info_nce", {"temprature": 1}, "did you mean 'temperature'"),
     ("info_nce", {"temperature": 0}, "must be > 0"),
-    ("cosine", {"of": "sound"}, "must be image, text or regions"),
+    ("cosine", {"of": "sound"}, "must be one of image, text, regions, rois, spans"),
     ("matryoshka", {"dims": (2, 9)}, "longer than the student's 5"),
     ("matryoshka", {"dims": ()}, "whole numbers above 0"),
     ("quantised", {"level": "int7"}, "must be int8 or binary"),
@@ -242,3 +255,181 @@ def test_wrong_names_and_options_get_one_clear_line(name, options, says):
     with pytest.raises(RecipeError, match=says) as e:
         build(name, student_dim=5, teacher_dim=5, **options)
     assert "\n" not in str(e.value)
+
+
+def test_several_teachers_are_averaged_after_their_softmax():
+    from dataclasses import replace
+
+    s, a, b = encoded(), encoded(seed=1), encoded(d=3, seed=2)
+    t = replace(a, others=(b,))
+    objective = build("soft_targets", student_dim=5, teacher_dim=5, temperature=0.1, teacher_temperature=[0.2, 0.5], labels=0.0)
+    la, lb, ls = (F.normalize(e.image, dim=-1) @ F.normalize(e.text, dim=-1).T for e in (a, b, s))
+
+    def one_way(la, lb, ls):
+        q = ((la / 0.2).softmax(1) + (lb / 0.5).softmax(1)) / 2
+        return sum(q[i, j] * (q[i, j].log() - (ls / 0.1).log_softmax(1)[i, j]) for i in range(6) for j in range(6)) / 6
+
+    torch.testing.assert_close(objective(s, t), (one_way(la, lb, ls) + one_way(la.T, lb.T, ls.T)) / 2)
+    only = build("soft_targets", student_dim=5, teacher_dim=5, labels=0.0, members=[1])
+    torch.testing.assert_close(only(s, t), build("soft_targets", student_dim=5, teacher_dim=5, labels=0.0)(s, b))
+    with pytest.raises(ValueError, match="of 1 teachers"):
+        only(s, a)
+
+
+def test_random_alignment_by_hand_and_zero_where_both_meet_the_noise():
+    e = Encoded(torch.tensor([[1.0, 2.0]]), torch.tensor([[0.0, 0.0], [3.0, 2.0]]), torch.tensor([0, 0]), torch.tensor(1.0),
+                noise=torch.tensor([[1.0, 0.0], [1.0, 2.0]]))  # fmt: skip
+    # images: (0 + 4 + 0 + 0) / 4, texts: (1 + 0 + 4 + 0) / 4
+    assert build("random_alignment", student_dim=2, teacher_dim=2)(e, e).item() == pytest.approx((1.0 + 1.25) / 2)
+    met = Encoded(e.noise[:1], e.noise[:1], torch.tensor([0]), torch.tensor(1.0), noise=e.noise[:1])
+    assert build("random_alignment", student_dim=2, teacher_dim=2)(met, met).item() == 0
+    assert build("random_alignment", student_dim=2, teacher_dim=2, normalise=True)(met, met).item() == pytest.approx(0, abs=1e-6)
+
+
+def naive_edge(a, b, c, d, loss, tau):
+    """One side of one edge of ConaCLIP's graph, by loops."""
+    n = len(a)
+    p = [[(a[i] * b[j]).sum() for j in range(n)] for i in range(n)]
+    t = [[(c[i] * d[j]).sum() for j in range(n)] for i in range(n)]
+    soft = lambda row: [x / sum((y / tau).exp() for y in row) for x in ((y / tau).exp() for y in row)]
+    if loss == "info_nce":
+        return -sum(soft(p[i])[i].log() for i in range(n)) / n
+    if loss == "fd":
+        return sum(((a[i] - b[i]) ** 2).sum() for i in range(n)) / n
+    if loss == "mse":
+        return sum(((a[i] - b[i]) ** 2).mean() for i in range(n)) / n
+    if loss == "sd":
+        return sum((p[i][j] - t[i][j]) ** 2 for i in range(n) for j in range(n)) / n**2
+    return sum(soft(t[i])[j] * (soft(t[i])[j].log() - soft(p[i])[j].log()) for i in range(n) for j in range(n)) / n  # kl
+
+
+EDGES = [(k, v) for k in ("intra_ts", "intra_ss", "inter_ts", "inter_ss") for v in ("info_nce", "fd", "mse", "sd", "kl")]
+
+
+@pytest.mark.parametrize(("kind", "loss"), [e for e in EDGES if e not in {("intra_ss", "info_nce"), ("intra_ss", "fd"), ("intra_ss", "mse")}])
+def test_every_edge_of_the_relation_graph_against_loops(kind, loss):
+    s, t, unit = encoded(4), encoded(4, seed=1), lambda x: F.normalize(x, dim=-1)
+    i_s, t_s, i_t, t_t = unit(s.image), unit(s.text), unit(t.image), unit(t.text)
+    sides = {"intra_ts": [(i_s, i_t, i_t, i_t), (t_s, t_t, t_t, t_t)], "intra_ss": [(i_s, i_s, i_t, i_t), (t_s, t_s, t_t, t_t)],
+             "inter_ts": [(i_s, t_t, i_t, t_t), (t_s, i_t, t_t, i_t)], "inter_ss": [(i_s, t_s, i_t, t_t), (t_s, i_s, t_t, i_t)]}[kind]  # fmt: skip
+    objective = build("relation_graph", student_dim=5, teacher_dim=5, edges=({"type": kind, "loss": loss, "weight": 2.0, "temperature": 0.3},))
+    torch.testing.assert_close(objective(s, t), 2 * sum(naive_edge(*side, loss, 0.3) for side in sides))
+
+
+def test_the_symmetric_losses_compare_the_two_sides_of_an_edge():
+    s, t, unit = encoded(4), encoded(4, seed=1), lambda x: F.normalize(x, dim=-1)
+    i_s, t_s, i_t, t_t = unit(s.image), unit(s.text), unit(t.image), unit(t.text)
+    edge = lambda kind, loss: build("relation_graph", student_dim=5, teacher_dim=5, edges=({"type": kind, "loss": loss, "temperature": 0.5},))(s, t)
+    torch.testing.assert_close(edge("intra_ts", "sym_sd"), ((t_s @ t_t.T - i_s @ i_t.T) ** 2).mean())  # papers.md 3.1
+    a, b = (i_s @ t_t.T / 0.5).log_softmax(1), (t_s @ i_t.T / 0.5).log_softmax(1)
+    both = (a.exp() * (a - b)).sum(1).mean() + (b.exp() * (b - a)).sum(1).mean()
+    torch.testing.assert_close(edge("inter_ts", "sym_kl"), both)
+
+
+def test_relation_graph_by_hand_and_zero_at_equality():
+    # one pair at right angles in the student, along each other in the teacher: S(I^s, T^s) = 0 against 1, both sides: 1 + 1
+    s = Encoded(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 2.0]]), torch.arange(1), torch.tensor(1.0))
+    t = s.with_vectors(torch.tensor([[1.0, 1.0]]), torch.tensor([[3.0, 3.0]]))
+    graph = lambda *edges: build("relation_graph", student_dim=2, teacher_dim=2, edges=edges)
+    assert graph({"type": "inter_ss", "loss": "sd"})(s, t).item() == pytest.approx(2.0)
+    e = encoded()
+    for kind in ("intra_ts", "intra_ss", "inter_ts", "inter_ss"):
+        for loss in ("sd", "kl"):
+            assert build("relation_graph", student_dim=5, teacher_dim=5, edges=({"type": kind, "loss": loss},))(e, e).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_the_papers_chosen_set_is_the_default():
+    """papers.md 3.1: intra TS InfoNCE + SD + Sym-SD, intra SS SD, inter TS InfoNCE + Sym-KL, inter SS InfoNCE + SD."""
+    s, t = encoded(), encoded(seed=1)
+    chosen = [("intra_ts", "info_nce"), ("intra_ts", "sd"), ("intra_ts", "sym_sd"), ("intra_ss", "sd"), ("inter_ts", "info_nce"), ("inter_ts", "sym_kl"),
+              ("inter_ss", "info_nce"), ("inter_ss", "sd")]  # fmt: skip
+    each = [build("relation_graph", student_dim=5, teacher_dim=5, edges=({"type": k, "loss": v},))(s, t) for k, v in chosen]
+    torch.testing.assert_close(build("relation_graph", student_dim=5, teacher_dim=5)(s, t), sum(each))
+
+
+@pytest.mark.parametrize("axis", ["batch", "feature"])
+def test_moment_alignment_against_the_equation_and_zero_at_equality(axis):
+    s, t = encoded(), encoded(seed=1)
+    u_s, u_t = s.image / s.image.norm(dim=1, keepdim=True), t.image / t.image.norm(dim=1, keepdim=True)
+    if axis == "feature":
+        u_s, u_t = u_s.T, u_t.T
+    n = len(u_s)
+    mu_s, mu_t = sum(u_s) / n, sum(u_t) / n
+    var_s, var_t = sum((x - mu_s) ** 2 for x in u_s) / n, sum((x - mu_t) ** 2 for x in u_t) / n
+    each = (mu_s - mu_t).abs() + (var_s - var_t).abs()
+    wanted = each.sum() if axis == "batch" else each.mean()
+    objective = build("moment_alignment", student_dim=5, teacher_dim=5, axis=axis)
+    torch.testing.assert_close(objective(s, t), wanted)
+    assert objective(s, s).item() == 0
+
+
+def test_moment_alignment_by_hand():
+    # means (1, 0) and (0, 0): 1; variances (1, 0) and (4, 0): 3
+    s = Encoded(torch.tensor([[0.0, 0.0], [2.0, 0.0]]), torch.eye(2), torch.arange(2), torch.tensor(1.0))
+    t = s.with_vectors(torch.tensor([[-2.0, 0.0], [2.0, 0.0]]), torch.eye(2))
+    assert build("moment_alignment", student_dim=2, teacher_dim=2, normalise=False)(s, t).item() == pytest.approx(4.0)
+
+
+def test_edu_attention_starts_as_plain_kl_and_follows_the_equation_after():
+    s, t = encoded(4), encoded(4, seed=1)
+    objective = build("edu_attention", student_dim=5, teacher_dim=5, temperature=0.2, distill_temperature=2.0)
+    unit = lambda x: F.normalize(x, dim=-1)
+
+    def equation(f_e):
+        q_t, q_s = (unit(t.image) @ unit(t.text).T / 0.2 / 2).softmax(1), (f_e @ unit(t.text).T / 0.2 / 2).softmax(1)
+        return sum(q_t[i, j] * (q_t[i, j].log() - q_s[i, j].log()) for i in range(4) for j in range(4)) / 4 * 4
+
+    torch.testing.assert_close(objective(s, t), equation(unit(s.image)))
+    assert build("edu_attention", student_dim=5, teacher_dim=5)(t, t).item() == pytest.approx(0, abs=1e-6)
+    a = objective.attention
+    with torch.no_grad():
+        a.alpha.fill_(0.7)
+    att = torch.stack([sum(w * v for w, v in zip((a.query(u) @ a.key(unit(t.text)).T / 5**0.5).softmax(0), a.value(unit(t.text)), strict=True)) for u in unit(s.image)])
+    torch.testing.assert_close(objective(s, t), equation(unit(s.image) + 0.7 * att))
+
+
+def test_edu_attention_learns_alpha_from_zero():
+    s, t = encoded(4), encoded(4, seed=1)
+    objective = build("edu_attention", student_dim=5, teacher_dim=5)
+    objective(s, t).backward()
+    assert objective.attention.alpha.grad.abs() > 0
+
+
+@pytest.mark.parametrize("weighting", ["teacher", "relative", "none"])
+def test_targeted_tokens_against_loops(weighting):
+    s, t = encoded(3, c=2), encoded(3, c=2, seed=1)
+    objective = build("targeted_tokens", student_dim=5, teacher_dim=5, regions=2, words=1, weighting=weighting, temperature=0.3)
+    unit = lambda x: x / x.norm(dim=-1, keepdim=True)
+
+    def part(own, target, mask, query, top):
+        score = {k: (unit(target[k]) * unit(query)).sum().item() for k in range(len(mask)) if mask[k]}
+        best = sorted(score, key=score.get, reverse=True)[:top]
+        return sum((unit(own[k]) - unit(target[k])).abs().sum() for k in best) / len(best)
+
+    def sure(e, m):
+        i, sim = m // 2, unit(e.image) @ unit(e.text).T / 0.3
+        return (sim[:, m].softmax(0)[i] + sim[i].softmax(0)[2 * i : 2 * i + 2].sum()) / 2
+
+    total = weight = 0.0
+    for m in range(6):
+        i = m // 2
+        value = part(s.rois[i], t.rois[i], s.roi_mask[i], t.text[m], 2) + part(s.words[m], t.words[m], s.word_mask[m], t.text[m], 1)
+        w = {"none": 1.0, "teacher": sure(t, m), "relative": sure(t, m) / (sure(t, m) + sure(s, m))}[weighting]
+        total, weight = total + w * value, weight + w
+    torch.testing.assert_close(objective(s, t), total / weight)
+    assert objective(t, t).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_targeted_tokens_by_hand():
+    # one region along the caption, one across: the first is chosen; student at right angles to it: |(1,0) - (0,1)|_1 = 2; its word agrees: 0
+    e = {"owner": torch.arange(1), "logit_scale": torch.tensor(1.0), "roi_mask": torch.tensor([[True, True]]), "word_mask": torch.tensor([[True]])}
+    s = Encoded(torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 0.0]]), rois=torch.tensor([[[0.0, 1.0], [1.0, 0.0]]]), words=torch.tensor([[[1.0, 0.0]]]), **e)
+    t = Encoded(torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 0.0]]), rois=torch.tensor([[[2.0, 0.0], [0.0, 1.0]]]), words=torch.tensor([[[5.0, 0.0]]]), **e)
+    assert build("targeted_tokens", student_dim=2, teacher_dim=2, regions=1, words=1)(s, t).item() == pytest.approx(2.0)
+
+
+def test_cosine_of_rois_counts_only_regions_that_are_there():
+    e = {"image": torch.eye(2), "text": torch.eye(2), "owner": torch.arange(2), "logit_scale": torch.tensor(1.0), "roi_mask": torch.tensor([[True, False], [True, True]])}
+    s = Encoded(rois=torch.tensor([[[1.0, 0.0], [9.0, 9.0]], [[0.0, 1.0], [1.0, 0.0]]]), **e)
+    t = Encoded(rois=torch.tensor([[[0.0, 1.0], [-9.0, 0.0]], [[0.0, 2.0], [3.0, 0.0]]]), **e)
+    assert build("cosine", student_dim=2, teacher_dim=2, of="rois")(s, t).item() == pytest.approx(1 / 3)

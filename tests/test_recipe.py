@@ -74,7 +74,7 @@ def test_settings():
 
 
 def test_rivals_get_the_same_trainable_set_and_budget():
-    from dclip_qdrant.pipeline import same_budget
+    from dclip_qdrant.comparison import same_budget
 
     main = Recipe.load("demo")
     rival = same_budget(Recipe.load("sft"), main)

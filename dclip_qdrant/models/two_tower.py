@@ -68,6 +68,12 @@ class TwoTower(nn.Module):
 
     # --- forward
 
+    def normalised(self, pixels: Tensor) -> Tensor:
+        """[B, S, S, 3] uint8 -> [B, 3, S, S] float, on the tensor's own device (a quarter of the bytes to copy there)."""
+        mean = torch.tensor(self.preprocess.mean, device=pixels.device)
+        std = torch.tensor(self.preprocess.std, device=pixels.device)
+        return ((pixels.float() / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()
+
     def encode_image(self, pixels: Tensor) -> Tensor:
         """[B, 3, S, S] -> [B, D], not normalised."""
         return self.model.encode_image(pixels)
@@ -87,6 +93,45 @@ class TwoTower(nn.Module):
 
     def head(self, features: Tensor) -> Tensor:
         return self.model.visual.head(features)
+
+    def encode_patches(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, 3, S, S] -> the embedding [B, D] and a map of patch features in the embedding's space [B, D, h, w], neither normalised.
+
+        Raises:
+            RecipeError: a tower that gives no map.
+        """
+        visual = self.model.visual
+        if self.has_trunk:
+            features = visual.trunk.forward_features(pixels)
+            image = visual.head(visual.trunk.forward_head(features))
+            skip = getattr(visual.trunk, "num_prefix_tokens", 0)
+            patches = features[:, skip:] if features.ndim == 3 else features.flatten(2).mT
+            patches = visual.head(patches) if patches.shape[-1] == visual.trunk.num_features else patches
+        elif hasattr(visual, "_embeds") and getattr(visual, "attn_pool", None) is None:
+            x = visual.transformer(visual._embeds(pixels))
+            pooled, _ = visual._pool(x)
+            image = pooled if visual.proj is None else pooled @ visual.proj
+            patches = visual.ln_post(x[:, 1:])
+            patches = patches if visual.proj is None else patches @ visual.proj
+        else:
+            raise RecipeError("objectives", f"patch features of {self.name}", "a ViT of open_clip or a timm trunk", 'of = "regions" works with any')
+        side = int(patches.shape[1] ** 0.5)
+        if side * side != patches.shape[1] or patches.shape[-1] != image.shape[-1]:
+            raise RecipeError("objectives", f"{patches.shape[1]} patches of width {patches.shape[-1]} from {self.name}", "a square map in the embedding's space")
+        return image, patches.mT.unflatten(2, (side, side))
+
+    def encode_rois(self, pixels: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, 3, S, S] and boxes [B, R, 4] (x0, y0, x1, y1 as parts of the input) -> the embedding [B, D] and each box's mean patch feature [B, R, D].
+
+        RoIAlign (He et al. 2017) to one cell.
+        """
+        from torchvision.ops import roi_align
+
+        image, patches = self.encode_patches(pixels)
+        h, w = patches.shape[2:]
+        scale = torch.tensor([w, h, w, h], dtype=torch.float32, device=boxes.device)
+        pooled = roi_align(patches.float(), list(boxes.float() * scale), output_size=1, aligned=True)
+        return image, pooled[:, :, 0, 0].unflatten(0, boxes.shape[:2])
 
     def tokens(self, texts: list[str]) -> Tensor:
         """[B, L] ids; L is the longest text of the batch where the tower allows that, else the context length."""
@@ -118,14 +163,19 @@ class TwoTower(nn.Module):
             return (ids == (t.text_eos_id if hasattr(t, "text_eos_id") else t.eos_id)).int().argmax(-1)
         return ids.argmax(-1)
 
-    def text_tokens(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, L] -> projected token features [B, L, D] and the mask [B, L] of real words (no begin, end or padding), as DCLIP's spans."""
+    def encode_words(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[B, L] -> sentence vectors [B, D], projected token features [B, L, D], and the mask [B, L] of real words (no begin, end or padding)."""
         if not self.dynamic_text:
             raise RecipeError(
                 "teacher.spans", f"'tokens' with the text tower of {self.name}", "a causal text tower", 'teacher.spans = "phrases"'
             )
+        features = self._project(self.hidden(ids))
         at, end = torch.arange(ids.shape[1], device=ids.device)[None], self._end(ids)[:, None]
-        return self._project(self.hidden(ids)), (at > 0) & (at < end)
+        return features[torch.arange(len(ids), device=ids.device), end[:, 0]], features, (at > 0) & (at < end)
+
+    def text_tokens(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """The words of `encode_words` and their mask: DCLIP's spans."""
+        return self.encode_words(ids)[1:]
 
     # --- what learns
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dclip_qdrant.encoded import Encoded
 
 TYPES = ("intra_ts", "intra_ss", "inter_ts", "inter_ss")
-LOSSES = ("info_nce", "fd", "sd", "kl", "sym_sd", "sym_kl")
+LOSSES = ("info_nce", "fd", "mse", "sd", "kl", "sym_sd", "sym_kl")
 CHOSEN = (  # the set that the paper ends with, as far as it is known (papers.md 3.1)
     {"type": "intra_ts", "loss": "info_nce"}, {"type": "intra_ts", "loss": "sd"}, {"type": "intra_ts", "loss": "sym_sd"}, {"type": "intra_ss", "loss": "sd"},
     {"type": "inter_ts", "loss": "info_nce"}, {"type": "inter_ts", "loss": "sym_kl"}, {"type": "inter_ss", "loss": "info_nce"}, {"type": "inter_ss", "loss": "sd"},
@@ -30,7 +30,7 @@ class RelationGraph(nn.Module):
         inter_ts  S(I^s, T^t) -> S(I^t, T^t)    S(T^s, I^t) -> S(T^t, I^t)
         inter_ss  S(I^s, T^s) -> S(I^t, T^t)    S(T^s, I^s) -> S(T^t, I^t)
 
-    and sums over both: `info_nce` CE(S / temperature, same picture), rows being the student's; `fd` |A - B|^2; `sd` mean (S - target)^2; `kl`
+    and sums over both: `info_nce` CE(S / temperature, same picture), rows being the student's; `fd` |A - B|^2; `mse` its mean over the D components (CLIP-KD's FD); `sd` mean (S - target)^2; `kl`
     KL(softmax(target / temperature) || softmax(S / temperature)). `sym_sd` and `sym_kl` compare the two sides with each other (KL both ways). Where
     widths differ the student's vectors pass a learned projection on edges that touch the teacher.
     """
@@ -56,7 +56,7 @@ class RelationGraph(nn.Module):
                 raise ValueError(
                     f"edge {edge}: type is one of {', '.join(TYPES)}, loss one of {', '.join(LOSSES)}; weight and temperature are optional"
                 )
-            if edge["type"] == "intra_ss" and edge["loss"] in ("info_nce", "fd"):
+            if edge["type"] == "intra_ss" and edge["loss"] in ("info_nce", "fd", "mse"):
                 raise ValueError(f"edge {edge}: a vector is always nearest to itself")
             default = task_temperature if edge["loss"] == "info_nce" else temperature
             self.edges.append((edge["type"], edge["loss"], float(edge.get("weight", 1.0)), float(edge.get("temperature", default))))
@@ -91,6 +91,8 @@ class RelationGraph(nn.Module):
             return sum(F.cross_entropy(p / temperature, same) for p in predicted)
         if loss == "fd":
             return sum((a - b).square().sum(1).mean() for a, b, _, _ in sides)
+        if loss == "mse":
+            return sum(F.mse_loss(a, b) for a, b, _, _ in sides)
         targets = [c @ d.T for _, _, c, d in sides]
         compare = F.mse_loss if loss == "sd" else lambda p, t: _kl(t / temperature, p / temperature)
         return sum(compare(p, t) for p, t in zip(predicted, targets, strict=True))

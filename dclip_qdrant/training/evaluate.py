@@ -15,7 +15,6 @@ from dclip_qdrant.labelled import Labelled
 from dclip_qdrant.models.two_tower import TwoTower
 from dclip_qdrant.pairs import Pairs
 from dclip_qdrant.preprocess import Preprocess
-from dclip_qdrant.training.student_task import normalised
 
 BATCH = 64
 KEPT_BYTES = 512 << 20  # decoded pictures of an evaluation set stay in memory up to this
@@ -101,7 +100,7 @@ def encode_images(model: TwoTower, pictures: PictureSet, device: str = "cpu", *,
     """[N, D] (or trunk features [N, F]), decoded on threads ahead of the model."""
     out = []
     for batch in pictures.batches(model.preprocess):
-        x = normalised(torch.from_numpy(batch).to(device), model)
+        x = model.normalised(torch.from_numpy(batch).to(device))
         out.append((model.trunk(x) if trunk else model.encode_image(x)).float().cpu().numpy())
     return np.concatenate(out)
 

@@ -28,6 +28,8 @@ class Task(Protocol):
 
     def groups(self) -> list[dict[str, Any]]: ...  # optimizer groups: params, lr, weight_decay
 
+    def begin(self, epoch: int) -> None: ...  # before an epoch's first step: lets towers learn or rest
+
     def batch(self, index: np.ndarray, epoch: int) -> Any: ...  # loaded on another thread; slices with `part`
 
     def part(self, batch: Any, start: int, stop: int) -> Any: ...
@@ -108,6 +110,7 @@ def fit(
         for epoch in range(first_epoch, epochs):
             rows = order(task.size, batch_size, seed=seed, epoch=epoch)[:, comm.rank :: comm.world]
             began = time.monotonic()
+            task.begin(epoch)
             coming = ahead.submit(task.batch, rows[first_step], epoch) if first_step < steps else None
             for step in range(first_step, steps):
                 batch = coming.result()
@@ -119,10 +122,11 @@ def fit(
                 value, terms = gradients(task, batch, len(rows[step]), chunk_size, comm, device)
                 if not math.isfinite(value):
                     raise RuntimeError(f"the loss is {value} at epoch {epoch + 1}, step {step + 1}: lower the learning rate")
-                comm.sum_gradients(towers)
+                awake = [p for p in towers if p.requires_grad]  # a resting tower has no gradient on any worker, and no momentum moves it
+                comm.sum_gradients(awake)
                 comm.mean_gradients(learned)
                 if clip_norm:
-                    nn.utils.clip_grad_norm_([*towers, *learned], clip_norm)
+                    nn.utils.clip_grad_norm_([*awake, *learned], clip_norm)
                 opt.step()
                 with torch.no_grad():
                     if l2_sp:

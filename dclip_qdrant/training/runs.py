@@ -44,6 +44,8 @@ class Run:
     pairs: str
     features: str
     teacher: str | None = None  # teacher cache
+    others: tuple[str, ...] = ()  # features of the recipe's further teachers, or "base"
+    reference: str | None = None  # the model that retention is measured against; None: the student as it starts
     labelled: str | None = None
     min_retention: float = 1.0
     split: str = "test"
@@ -91,17 +93,20 @@ class Worker:
         return self._sets.get(("labelled", run.labelled))
 
     def _base_accuracy(self, run: Run, model: two_tower.TwoTower, start: dict[str, torch.Tensor]) -> float:
-        """Zero-shot accuracy of the weights that every run of this model starts from; measured once."""
-        key = ("base accuracy", run.labelled, run.student)
+        """Zero-shot accuracy of the reference, or of the weights that every run of this model starts from; measured once."""
+        key = ("base accuracy", run.labelled, run.reference or run.student)
         if key not in self._sets:
-            model.load_weights(start)
+            if run.reference:
+                model = two_tower.load(run.reference).to(self.device)
+            else:
+                model.load_weights(start)
             self._sets[key] = self._labelled(run).accuracy(model)
         return self._sets[key]
 
     def _base(self, run: Run, say: Say) -> None:
         if self.comm.rank:
             return
-        model = two_tower.load(run.student).to(self.device)
+        model = two_tower.load(run.reference or run.student).to(self.device)
         labelled = self._labelled(run)
         accuracy = labelled.accuracy(model) if labelled else None
         figures = {
@@ -174,9 +179,12 @@ class Worker:
         pictures = Pictures(pairs, "train")
         captions = pairs.table(["captions"], ("train",))["captions"].to_pylist()
         cache = load_cache(pictures.keys, [len(c) for c in captions], UPath(run.features), UPath(run.teacher) if run.teacher else None,
-                           need=("texts", "regions", "region_boxes", "region_trunk") if recipe.train.region_share else ("texts",))  # fmt: skip
+                           need=("texts", "regions", "region_boxes", "region_trunk") if run.teacher or recipe.train.region_share else ("texts",))  # fmt: skip
+        cache.others = tuple(
+            cache if o == "base" else load_cache(pictures.keys, [len(c) for c in captions], UPath(o), need=("texts",)) for o in run.others
+        )
         start = model.weights()
-        task = StudentTask(model, recipe, pictures, captions, cache, seed=run.seed, same_base=same_base, device=self.device)
+        task = StudentTask(model, recipe, pictures, captions, cache, seed=run.seed, same_base=same_base, base=lambda: two_tower.load(run.base), device=self.device)
         learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
         if self.comm.rank == 0:
             say(f"{learning:,} parameters learn" + (", the image trunk is frozen and cached" if task.use_trunk else ""))

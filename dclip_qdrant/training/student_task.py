@@ -1,7 +1,7 @@
 """What a student's run trains: towers of a TwoTower under the objectives that the recipe names."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,13 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dclip_qdrant.data import Cache, Decoded, Pictures, apply_view, draw
+from dclip_qdrant.data import Cache, Decoded, Pictures, apply_view, draw, in_view
 from dclip_qdrant.encoded import Encoded
 from dclip_qdrant.errors import RecipeError
 from dclip_qdrant.models.two_tower import TwoTower
 from dclip_qdrant.objectives import build
 from dclip_qdrant.preprocess import Preprocess
 from dclip_qdrant.recipe import Objective, Recipe
+from dclip_qdrant.training import spans
 from dclip_qdrant.training.loop import Vectors
 
 DECODED_BYTES = 2 << 30  # a worker; 14,000 pictures of 224 x 224
@@ -24,14 +25,16 @@ DECODED_BYTES = 2 << 30  # a worker; 14,000 pictures of 224 x 224
 
 @dataclass
 class Batch:
-    """N pictures, C captions each. `seen`: pixels [N, S, S, 3] uint8, or trunk features [N, F]; `said`: token ids [N * C, L], or vectors [N * C, D]."""
+    """N pictures, C captions each. `seen`: pixels [N, S, S, 3] uint8, or trunk features [N, F]; `said`: token ids [N * C, L], or vectors [N * C, D].
+
+    `fixed`: what doesn't learn, by the name it has in `Encoded` ("image" and "text" are the teacher's, "image.0" the first other teacher's).
+    """
 
     seen: Tensor
     said: Tensor
-    teacher_image: Tensor  # [N, D]
-    teacher_text: Tensor  # [N * C, D]
+    fixed: Vectors
     crops: Tensor | None = None  # R crops, as `seen`
-    teacher_crops: Tensor | None = None  # [R, D] the frozen base's features of them
+    spans: Tensor | None = None  # token ids [P, L]
 
 
 class Weighted(nn.Module):
@@ -43,6 +46,11 @@ class Weighted(nn.Module):
         self.weights = [o.weight for o in objectives]
         self.names = [o.name + (f".{o.options['of']}" if "of" in o.options else "") for o in objectives]
 
+    @property
+    def reads(self) -> set[str]:
+        """What the terms need in a batch beside images and texts (see `Encoded`)."""
+        return {name for term in self.terms for name in getattr(term, "reads", ())}
+
     def forward(self, student: Encoded, teacher: Encoded) -> tuple[Tensor, dict[str, float]]:
         values = [term(student, teacher) for term in self.terms]
         total = sum(w * v for w, v in zip(self.weights, values, strict=True))
@@ -50,7 +58,10 @@ class Weighted(nn.Module):
 
 
 class StudentTask:
-    """See `loop.Task`. A frozen trunk is never run (its features come from the cache), nor is a frozen text tower that is the teacher's own."""
+    """See `loop.Task`. A frozen trunk is never run (its features come from the cache), nor is a frozen text tower that is the teacher's own.
+
+    `base` gives the frozen model that phrases and words are held to, for objectives that read them.
+    """
 
     def __init__(
         self,
@@ -62,6 +73,7 @@ class StudentTask:
         *,
         seed: int,
         same_base: bool,
+        base: Callable[[], TwoTower] | None = None,
         device: str = "cpu",
     ) -> None:
         self.model, self.recipe, self.pictures, self.captions, self.cache, self.seed, self.device = (
@@ -82,12 +94,19 @@ class StudentTask:
         if not self.image_names + self.text_names:
             raise RecipeError(recipe.name, "nothing learns: student.train and student.text are both frozen")
         self.modules = model
-        self.use_trunk = model.trunk_frozen and cache.trunk.shape[-1] > 0
-        if recipe.train.region_share and (cache.regions is None or not cache.region_mask.any()):
-            raise RecipeError(recipe.name, "train.region_share without any region", "a teacher with regions, or region_share = 0")
-        self.cached_text = not self.text_names and same_base
         teacher_dim = cache.texts.shape[-1] if cache.texts is not None else model.dim
         self.objectives = Weighted(recipe.objectives, model.dim, teacher_dim).to(device)
+        self.reads = self.objectives.reads
+        boxes = cache.regions is not None and cache.region_mask.any()
+        if (recipe.train.region_share or "rois" in self.reads) and not boxes:
+            raise RecipeError(recipe.name, "objectives of regions without any region", "a teacher with regions, or train.region_share = 0")
+        # a cached trunk has one vector a picture: regions inside of it can't be pooled any more
+        self.use_trunk = model.trunk_frozen and cache.trunk.shape[-1] > 0 and "rois" not in self.reads
+        self.cached_text = not self.text_names and same_base and "words" not in self.reads
+        self.base = base().to(device) if base is not None and self.reads & {"spans", "words"} else None
+        self.bank = spans.Bank(self.base, captions, seed=seed, device=device) if "spans" in self.reads else None
+        if self.bank and not (recipe.train.span_share and self.text_names):
+            raise RecipeError(recipe.name, "an objective of spans", "train.span_share above 0 and a text tower that learns")
         self.ids = None if self.cached_text else [model.tokens(c).to(torch.int32) for c in captions]
         self.decoded = Decoded(DECODED_BYTES, ThreadPoolExecutor(max(2, os.cpu_count() or 2)))
 
@@ -107,6 +126,18 @@ class StudentTask:
                 out.setdefault((rate, t.weight_decay if p.ndim >= 2 else 0.0), []).append(p)
         return [{"params": ps, "lr": lr, "weight_decay": wd} for (lr, wd), ps in out.items()]
 
+    def begin(self, epoch: int) -> None:
+        """Lets the towers of this epoch's phase learn."""
+        phases = self.recipe.train.phases
+        if not phases:
+            return
+        phase = next((p for p, end in zip(phases, np.cumsum([p.epochs for p in phases]), strict=True) if epoch < end), phases[-1])
+        params = dict(self.model.model.named_parameters())
+        for tower, names in (("image", self.image_names), ("text", self.text_names)):
+            for name in names:
+                params[name].requires_grad_(phase.towers in (tower, "both"))
+                params[name].grad = None
+
     def batch(self, index: np.ndarray, epoch: int) -> Batch:
         t, c = self.recipe.train, self.cache
         views = min(t.views, c.views)
@@ -122,95 +153,128 @@ class StudentTask:
                 )
             )
         flat = np.concatenate([c.first[i] + caps for i, (_, caps) in zip(index, drawn, strict=True)])
-        teacher_text = torch.from_numpy(c.texts[flat].astype(np.float32))
         if self.cached_text:
-            said = teacher_text
+            said = torch.from_numpy(c.texts[flat].astype(np.float32))
         else:
             ids = [self.ids[i][k] for i, (_, caps) in zip(index, drawn, strict=True) for k in caps]
             said = nn.utils.rnn.pad_sequence(ids, batch_first=True)
-        if c.teacher is not None:
-            wide = c.teacher.shape[2] > 1
-            rows = [c.teacher[i, v][caps if wide else [0]].astype(np.float32).mean(0) for i, (v, caps) in zip(index, drawn, strict=True)]
-            teacher_image = torch.from_numpy(np.stack(rows))
-        else:
-            teacher_image = torch.from_numpy(c.image[index, view].astype(np.float32))
-        tensors = [seen, said, teacher_image, teacher_text, *self._crops(index, epoch)]
-        return Batch(*(x.to(self.device) for x in tensors))
+        fixed = {"image": self._teacher_image(index, view, drawn), "text": c.texts[flat]}
+        for k, other in enumerate(c.others):
+            fixed |= {f"image.{k}": other.image[index, view], f"text.{k}": other.texts[flat]}
+        if "noise" in self.reads:
+            fixed["noise"] = np.concatenate([self._rng(epoch, i, 2).standard_normal((t.captions, self.model.dim)) for i in index])
+        batch = Batch(seen, said, {k: torch.from_numpy(np.asarray(v, np.float32)) for k, v in fixed.items()})
+        self._add_regions(batch, index, epoch)
+        if "rois" in self.reads:
+            self._add_rois(batch, index, view)
+        if self.bank:
+            some = self._rng(epoch, int(index[0]), 3).integers(len(self.bank), size=round(len(index) * t.span_share))
+            batch.spans, batch.fixed["spans"] = self.bank.ids[some], self.bank.vectors[some]
+        move = lambda x: None if x is None else x.to(self.device)
+        return Batch(move(seen), move(said), {k: move(v) for k, v in batch.fixed.items()}, move(batch.crops), move(batch.spans))
 
-    def _crops(self, index: np.ndarray, epoch: int) -> list[Tensor]:
-        """Crops of the batch's first pictures: their pixels or trunk features, and what the base made of them."""
+    def _rng(self, epoch: int, picture: int, what: int) -> np.random.Generator:
+        """Draws of one kind follow from (seed, epoch, picture) alone."""
+        return np.random.default_rng([self.seed, epoch, int(picture), what])
+
+    def _teacher_image(self, index: np.ndarray, view: np.ndarray, drawn: list[tuple[int, np.ndarray]]) -> np.ndarray:
+        """[N, D] the teacher's vector of each picture: the mean over the drawn captions' where it hangs on them, else the base's own feature."""
+        c = self.cache
+        if c.teacher is None:
+            return c.image[index, view]
+        wide = c.teacher.shape[2] > 1
+        return np.stack([c.teacher[i, v][caps if wide else [0]].astype(np.float32).mean(0) for i, (v, caps) in zip(index, drawn, strict=True)])
+
+    def _pick(self, rows: np.ndarray, epoch: int) -> np.ndarray:
+        """One region of each picture, -1 where it has none."""
+        mask = self.cache.region_mask
+        return np.array([self._rng(epoch, i, 1).choice(np.flatnonzero(mask[i])) if mask[i].any() else -1 for i in rows])
+
+    def _add_regions(self, batch: Batch, index: np.ndarray, epoch: int) -> None:
+        """Crops of the batch's first pictures (their pixels or trunk features), and what the base made of them."""
         c, count = self.cache, round(len(index) * self.recipe.train.region_share)
         if count == 0:
-            return []
+            return
         rows = index[:count]
-        pick = np.array(
-            [
-                np.random.default_rng([self.seed, epoch, int(i), 1]).choice(np.flatnonzero(c.region_mask[i]))
-                if c.region_mask[i].any()
-                else -1
-                for i in rows
-            ]
-        )
-        target = torch.from_numpy(np.where((pick >= 0)[:, None], c.regions[rows, pick], c.image[rows, 0]).astype(np.float32))
+        pick = self._pick(rows, epoch)
+        there = (pick >= 0)[:, None]
+        batch.fixed["regions"] = torch.from_numpy(np.where(there, c.regions[rows, pick], c.image[rows, 0]).astype(np.float32))
         if self.use_trunk:
-            return [torch.from_numpy(np.where((pick >= 0)[:, None], c.region_trunk[rows, pick], c.trunk[rows, 0])), target]
-        whole = np.array([0, 0, 1, 1], np.float32)
-        boxes = np.where((pick >= 0)[:, None], c.region_boxes[rows, pick], whole)
+            batch.crops = torch.from_numpy(np.where(there, c.region_trunk[rows, pick], c.trunk[rows, 0]))
+            return
+        boxes = np.where(there, c.region_boxes[rows, pick], np.array([0, 0, 1, 1], np.float32))
         squash = replace(self.model.preprocess, resize_mode="squash")
-        pixels = self.decoded(
-            [(i, "region", r) for i, r in zip(rows.tolist(), pick.tolist(), strict=True)],
-            lambda j: self._pixels(rows[j], boxes[j], False, squash),
+        batch.crops = torch.from_numpy(
+            self.decoded(
+                [(i, "region", r) for i, r in zip(rows.tolist(), pick.tolist(), strict=True)],
+                lambda j: self._pixels(rows[j], boxes[j], False, squash),
+            )
         )
-        return [torch.from_numpy(pixels), target]
+
+    def _add_rois(self, batch: Batch, index: np.ndarray, view: np.ndarray) -> None:
+        """Every region of each picture as the student's input shows it ("boxes" [N, R, 4], parts of the input), and what the base made of its crop.
+
+        A box that the view cuts off for more than half is masked.
+        """
+        c, most = self.cache, self.cache.region_boxes.shape[1]
+        crop, flip = np.repeat(c.crop[index, view], most, 0), np.repeat(c.flip[index, view], most)
+        shown, part = in_view(c.region_boxes[index].reshape(-1, 4), crop, flip)
+        batch.fixed["boxes"] = torch.from_numpy(shown.reshape(-1, most, 4))
+        batch.fixed["roi_mask"] = torch.from_numpy(c.region_mask[index] & (part.reshape(-1, most) >= 0.5))
+        batch.fixed["rois"] = torch.from_numpy(c.regions[index].astype(np.float32))
 
     def _pixels(self, picture: int, crop: np.ndarray, flip: bool, preprocess: Preprocess) -> np.ndarray:
         return preprocess.pixels(apply_view(self.pictures.load(int(picture)), crop, flip))
 
     def part(self, batch: Batch, start: int, stop: int) -> Batch:
         c, n = self.recipe.train.captions, len(batch.seen)
-        out = Batch(
-            batch.seen[start:stop],
-            batch.said[start * c : stop * c],
-            batch.teacher_image[start:stop],
-            batch.teacher_text[start * c : stop * c],
-        )
-        if batch.crops is None:
-            return out
-        r = len(batch.crops)
-        at = slice(start * r // n, stop * r // n)  # each chunk takes its share of the crops, in order
-        return replace(out, crops=batch.crops[at], teacher_crops=batch.teacher_crops[at])
+        share = lambda x: None if x is None else x[start * len(x) // n : stop * len(x) // n]  # crops and spans, in order
+        boxes = {"boxes": batch.fixed["boxes"][start:stop]} if "boxes" in batch.fixed else {}
+        return Batch(batch.seen[start:stop], batch.said[start * c : stop * c], boxes, share(batch.crops), share(batch.spans))
 
     def _image(self, seen: Tensor) -> Tensor:
-        return self.model.head(seen.float()) if self.use_trunk else self.model.encode_image(normalised(seen, self.model))
+        return self.model.head(seen.float()) if self.use_trunk else self.model.encode_image(self.model.normalised(seen))
 
     def encode(self, part: Batch) -> Vectors:
+        out: Vectors = {}
         r = 0 if part.crops is None else len(part.crops)
-        image = self._image(torch.cat([part.seen, part.crops]) if r else part.seen)
-        image, regions = (image[:-r], image[-r:]) if r else (image, image[:0])
-        if self.cached_text:
-            text = part.said
-        elif self.text_names:
-            text = self.model.encode_text(part.said.long())
+        if "rois" in self.reads:
+            out["image"], out["rois"] = self.model.encode_rois(self.model.normalised(part.seen), part.fixed["boxes"])
+            if r:
+                out["regions"] = self._image(part.crops)
         else:
-            with torch.no_grad():
-                text = self.model.encode_text(part.said.long())
-        return {"image": image, "text": text} | ({"regions": regions} if part.crops is not None else {})
+            image = self._image(torch.cat([part.seen, part.crops]) if r else part.seen)
+            out["image"] = image[: len(part.seen)]
+            if part.crops is not None:
+                out["regions"] = image[len(part.seen) :]
+        with torch.set_grad_enabled(torch.is_grad_enabled() and bool(self.text_names)):
+            if "words" in self.reads:
+                out["text"], out["words"], _ = self._words(self.model, part.said.long())
+            else:
+                out["text"] = part.said if self.cached_text else self.model.encode_text(part.said.long())
+            if part.spans is not None:
+                out["spans"] = self.model.encode_text(part.spans.long())
+        return out
+
+    def _words(self, model: TwoTower, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Sentence vectors [M, D], token features [M, L, D] and which of them are words [M, L]; L is the context length, so that all workers' fit together."""
+        text, words, mask = model.encode_words(ids)
+        more = model.context_length - ids.shape[1]
+        return text, nn.functional.pad(words, (0, 0, 0, more)), nn.functional.pad(mask, (0, more))
 
     def fixed(self, batch: Batch) -> Vectors:
-        return {"image": batch.teacher_image, "text": batch.teacher_text} | (
-            {"regions": batch.teacher_crops} if batch.crops is not None else {}
-        )
+        out = {k: v for k, v in batch.fixed.items() if k != "boxes"}
+        if "words" in self.reads:
+            _, out["words"], out["word_mask"] = self._words(self.base, batch.said.long())
+        return out
 
     def loss(self, live: Vectors, fixed: Vectors) -> tuple[Tensor, dict[str, float]]:
         n = len(live["image"])
         owner = torch.arange(n, device=live["image"].device).repeat_interleave(len(live["text"]) // n)
         scale = self.model.logit_scale.detach()
-        student = Encoded(live["image"], live["text"], owner, scale, live.get("regions"))
-        return self.objectives(student, student.with_vectors(fixed["image"], fixed["text"], fixed.get("regions")))
-
-
-def normalised(pixels: Tensor, model: TwoTower) -> Tensor:
-    """[B, S, S, 3] uint8 -> [B, 3, S, S] float, on the tensor's own device (a quarter of the bytes to copy there)."""
-    mean = torch.tensor(model.preprocess.mean, device=pixels.device)
-    std = torch.tensor(model.preprocess.std, device=pixels.device)
-    return ((pixels.float() / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()
+        extra = ("regions", "rois", "spans", "words")
+        masks = {k: fixed[k].bool() for k in ("roi_mask", "word_mask") if k in fixed}
+        student = Encoded(live["image"], live["text"], owner, scale, noise=fixed.get("noise"), **masks, **{k: live.get(k) for k in extra})
+        others = tuple(Encoded(fixed[f"image.{k}"], fixed[f"text.{k}"], owner, scale) for k in range(len(self.cache.others)))
+        teacher = Encoded(fixed["image"], fixed["text"], owner, scale, others=others, **{k: fixed.get(k) for k in extra})
+        return self.objectives(student, teacher)

@@ -65,6 +65,9 @@ class TeacherTask:
     def groups(self) -> list[dict[str, Any]]:
         return [{"params": list(self.modules.parameters()), "lr": self.cfg.lr, "weight_decay": self.cfg.weight_decay}]
 
+    def begin(self, epoch: int) -> None:
+        """Everything learns from the first epoch to the last."""
+
     def batch(self, index: np.ndarray, epoch: int) -> Batch:
         c = self.cache
         inside, target, view = [], [], []

@@ -135,7 +135,7 @@ def _draw(rng: random.Random, things: list[Thing]) -> Image.Image:
     return canvas
 
 
-def _relation(a: Thing, b: Thing) -> str:
+def relation(a: Thing, b: Thing) -> str:
     dx = (a.box[0] + a.box[2] - b.box[0] - b.box[2]) / 2
     dy = (a.box[1] + a.box[3] - b.box[1] - b.box[3]) / 2
     if abs(dx) >= abs(dy):
@@ -162,10 +162,10 @@ def _team_captions(rng: random.Random, things: list[Thing]) -> tuple[str, ...]:
     number = {2: "two", 3: "three", 4: "four"}[len(things)]
     return (
         _listed([a_or_an(t.words()) for t in some(max(2, len(things) - 1))]),
-        f"the {a.words()} is {_relation(a, b)} the {b.words(pattern=False)}",
+        f"the {a.words()} is {relation(a, b)} the {b.words(pattern=False)}",
         f"a photo of {a_or_an(c.words(size=True))} with {a_or_an(d.words(pattern=False))}",
         f"a drawing of {number} things, one of them {a_or_an(one.words(size=True))}",
-        f"{a_or_an(e.colour + ' ' + e.shape)} {_relation(e, f)} {a_or_an(f.words())}",
+        f"{a_or_an(e.colour + ' ' + e.shape)} {relation(e, f)} {a_or_an(f.words())}",
     )
 
 

@@ -1,0 +1,145 @@
+"""CLIP-TD's protocol from examples to a table: the task alone, naive distillation and targeted distillation, low-shot and under domain shift."""
+
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from upath import UPath
+
+from dclip_qdrant.models import two_tower
+from dclip_qdrant.reasoning import scores
+from dclip_qdrant.reasoning.examples import Example, targets, vocabulary
+from dclip_qdrant.reasoning.readers import ENTAILMENT
+from dclip_qdrant.reasoning.task import Config, Reasoning
+from dclip_qdrant.reasoning.teacher import Seen, confidences, look
+from dclip_qdrant.stages import digest
+from dclip_qdrant.training.checkpoint import Checkpoints
+from dclip_qdrant.training.loop import fit
+
+Say = Callable[[str], None]
+METHODS = {"task alone": "none", "naive distillation": "naive", "clip_td": "targeted"}
+
+
+def answers_of(task: str, train: Sequence[Example], size: int = 3129) -> list[str]:
+    """The answers that a task is scored over; none for VCR, whose choices come with each example."""
+    return {"vqa": lambda: vocabulary(train, size), "snli_ve": lambda: list(ENTAILMENT), "vcr": list}[task]()
+
+
+def figure(task: str, picked: np.ndarray, examples: Sequence[Example], answers: Sequence[str]) -> float:
+    """VQA: mean soft accuracy of the picked answers; others: accuracy. picked [N]: numbers of answers or choices."""
+    if task == "vqa":
+        return float(np.mean([scores.soft_accuracy(answers[p], e.answers) for p, e in zip(picked, examples, strict=True)]))
+    if task == "snli_ve":
+        return float(np.mean([answers[p] in e.soft for p, e in zip(picked, examples, strict=True)]))
+    return float(np.mean([p == e.label for p, e in zip(picked, examples, strict=True)]))
+
+
+def run(
+    task: str, train: Sequence[Example], tests: dict[str, Sequence[Example]], *, teacher: str, detector: Any, out: str, config: Config | None = None, say: Say = lambda line: None, device: str = "cpu",
+    seen: dict[str, Seen] | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Trains one student and measures it on every test set; {"figures": {name: figure}, "picked": {name: [N]}, "history": ...}.
+
+    `detector`: pictures -> list of Regions. A killed run resumes; a finished one under the same inputs is read back. `seen`: a dict that keeps what the teacher saw
+    between runs of the same pictures.
+
+    Raises:
+        ValueError: no training examples, or (VCR) examples without choices.
+    """
+    config = config or Config()
+    if not train:
+        raise ValueError("no training examples")
+    answers = answers_of(task, train)
+    folder = UPath(out)
+    mark = digest({"task": task, "train": [e.id for e in train], "tests": {k: [e.id for e in v] for k, v in tests.items()}, "teacher": teacher, "config": config.model_dump(),
+                   "answers": answers, "size": config.image_size})  # fmt: skip
+    done = folder / f"{task}-{mark}.json"
+    if done.exists():
+        say("reused")
+        return json.loads(done.read_text())
+    tower = two_tower.load(teacher).to(device)
+    pictures = [e.picture for e in (*train, *(e for t in tests.values() for e in t))]
+    key = digest({"pictures": sorted({p if isinstance(p, str) else digest(p.hex()) for p in pictures}), "size": config.image_size, "top_k": config.top_k})
+    kept = seen if seen is not None else {}
+    if key not in kept:
+        kept[key] = look(tower, pictures, detector, size=config.image_size, top_k=config.top_k, device=device)
+    sight = kept[key]
+    sure = confidences(tower, train, sight, device=device) if config.distill != "none" and config.confidence else None
+    make = lambda examples, sure=None: Reasoning(examples, sight, tower, config, target=_targets(task, examples, answers), confidence=sure, soft=task == "vqa", device=device)
+    learner = make(train, sure)
+    batch = min(config.batch_size, len(train))
+    points = Checkpoints(folder / f"{task}-{mark}")
+    # all methods get both steps' epochs: the task alone has them as task epochs
+    history = fit(learner, epochs=config.adapt_epochs + config.finetune_epochs, batch_size=batch, chunk_size=batch, warmup=0.1, schedule="cosine", clip_norm=1.0, checkpoint_s=30.0,
+                  seed=config.seed, checkpoints=points, device=device, say=say)  # fmt: skip
+    result: dict[str, Any] = {"figures": {}, "picked": {}, "history": history, "train": len(train)}
+    for name, examples in tests.items():
+        judge = make(examples)
+        judge.student.load_state_dict(learner.student.state_dict())
+        picked = judge.scores().argmax(1)
+        result["figures"][name], result["picked"][name] = figure(task, picked, examples, answers), picked.tolist()
+    folder.mkdir(parents=True, exist_ok=True)
+    done.write_text(json.dumps(result) + "\n")
+    points.clear()
+    return result
+
+
+def _targets(task: str, examples: Sequence[Example], answers: Sequence[str]) -> np.ndarray:
+    if task == "vcr":
+        choices = len(examples[0].choices)
+        return np.eye(choices, dtype=np.float32)[[e.label for e in examples]]
+    return targets(examples, answers)
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Rows {"method", "examples", figures by name: (mean, spread)} as Markdown."""
+    names = [k for k in rows[0] if k not in ("method", "examples")]
+    cell = lambda v: f"{100 * v[0]:.1f}" + (f" ± {100 * v[1]:.1f}" if v[1] is not None else "")
+    lines = ["| examples | method | " + " | ".join(names) + " |", "|" + "---|" * (len(names) + 2)]
+    return "\n".join([*lines, *(f"| {r['examples']:,} | {r['method']} | " + " | ".join(cell(r[n]) for n in names) + " |" for r in rows)])
+
+
+def protocol(
+    train: dict[str, Sequence[Example]], test: dict[str, Sequence[Example]], *, teacher: str, detector: tuple[str, dict[str, Any]], out: str, config: Config, parts: Sequence[float] = (1.0,),
+    shift: bool = False, seeds: Sequence[int] = (0,), say: Say = lambda line: None, device: str = "cpu",
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Every method at every part of the training examples: [{"method", "part", "examples", "figures": {name: [a figure a seed]}}].
+
+    `train` and `test` by sub-task: {"vqa": ...}, {"snli_ve": ...}, or VCR's {"q->a": ..., "qa->r": ...}, which are trained apart and scored together (Q->AR).
+    With `shift` whole groups are held out of training and measured as "shifted".
+    """
+    from dclip_qdrant.detectors import build
+    from dclip_qdrant.reasoning.examples import domain_shift, low_shot
+
+    finder = build(*detector)
+    kept: dict[str, Seen] = {}
+    rows = []
+    for part in parts:
+        for method, distill in METHODS.items():
+            row: dict[str, Any] = {"method": method, "part": part, "examples": 0, "figures": {}}
+            for seed in seeds:
+                cfg = config.model_copy(update={"distill": distill, "seed": seed})
+                picked: dict[str, dict[str, Any]] = {}
+                tests: dict[str, dict[str, Sequence[Example]]] = {}
+                for name, examples in train.items():
+                    kind = name if name in ("vqa", "snli_ve") else "vcr"
+                    stay, away = domain_shift(examples, seed=0) if shift else (list(examples), [])
+                    few = low_shot(stay, part, seed=seed)
+                    tests[name] = {"test": test[name]} | ({"shifted": away} if away else {})
+                    line = lambda text, name=name, method=method, part=part, seed=seed: say(f"{name}, {method}, part {part:g}, seed {seed}: {text}")
+                    picked[name] = run(kind, few, tests[name], teacher=teacher, detector=finder, out=out, config=cfg, say=line, device=device, seen=kept)
+                    row["examples"] = len(few)
+                for where in next(iter(tests.values())):
+                    for key, value in _together(picked, tests, where).items():
+                        row["figures"].setdefault(key if where == "test" else f"{key}, {where}", []).append(value)
+            rows.append(row)
+    return rows
+
+
+def _together(picked: dict[str, dict[str, Any]], tests: dict[str, dict[str, Sequence[Example]]], where: str) -> dict[str, float]:
+    """The figures of one test set; VCR's three from its two sub-tasks, whose examples stand in the same order."""
+    if "q->a" not in picked:
+        return {name: p["figures"][where] for name, p in picked.items()}
+    label = lambda name: np.array([e.label for e in tests[name][where]])
+    return scores.vcr(*(np.array(picked[n]["picked"][where]) for n in ("q->a", "qa->r")), label("q->a"), label("qa->r"))

@@ -74,4 +74,72 @@ def pairs(source, out, images_root, fractions, split_map, seed, embed, on_leak, 
         raise PartialError(source, f"{m['rejects']:,} rows rejected", do=f"reasons are in {out}/rejects.jsonl")
 
 
-COMMANDS = (pairs,)
+@click.command()
+@click.argument("source")
+@click.option("-o", "--out", required=True, help="Folder for pictures, captions.jsonl and rejects.jsonl.")
+@click.option("--limit", type=int, help="At most so many addresses, in the list's order.")
+@click.option("--threads", default=16, show_default=True)
+@click.option("--host-seconds", default=0.2, show_default=True, help="Between two requests to one host.")
+@click.option("--timeout", default=10.0, show_default=True, help="Seconds.")
+@click.option("--max-mb", default=20, show_default=True, help="Larger pictures are rejected.")
+@click.option("--allow-private", is_flag=True, help="Also addresses of private networks; only for lists of your own.")
+@click.option("--quiet", is_flag=True)
+def fetch(source, out, limit, threads, host_seconds, timeout, max_mb, allow_private, quiet):
+    """Fetches pictures by a list of URLs (Conceptual Captions' TSV: caption, URL; or JSONL with url and caption) for `pairs` to read.
+
+    One request at a time to a host. Run it again to go on; what failed is in OUT/rejects.jsonl (exit code 3). Mind the pictures' licences.
+    """
+    from dclip_qdrant.pairs.fetch import Manners
+    from dclip_qdrant.pairs.fetch import fetch as run
+    from dclip_qdrant.progress import Progress
+
+    bar = Progress(quiet=quiet)
+    manners = Manners(limit=limit, threads=threads, host_seconds=host_seconds, timeout=timeout, max_bytes=max_mb << 20, private=allow_private)
+    counts = run(source, out, manners, progress=lambda n: bar(n, f"{n:,} addresses"))
+    bar.done()
+    click.echo(json.dumps(counts))
+    if counts["rejected"]:
+        raise PartialError(source, f"{counts['rejected']:,} addresses rejected", do=f"reasons are in {out}/rejects.jsonl")
+
+
+def _source(_: Any, __: Any, values: tuple[str, ...]) -> list[tuple[str, int | None]]:
+    out = []
+    for v in values:
+        path, eq, count = v.rpartition("=")
+        if eq and not count.isdigit():
+            raise click.BadParameter(f"{v!r}: expected PAIRS or PAIRS=COUNT")
+        out.append((path, int(count)) if eq else (v, None))
+    return out
+
+
+@click.command()
+@click.argument("sources", nargs=-1, required=True, callback=_source, metavar="PAIRS[=COUNT]...")
+@click.option("-o", "--out", required=True, help="Folder for the curated pairs.")
+@click.option("--mix", type=click.Choice(["dclip"]), help="DCLIP's counts for three sources: 45,000 of COCO, 13,500 of Flickr30k, 9,000 of Conceptual Captions.")
+@click.option("--near", default=3, show_default=True, help="Bits by which near-duplicates may differ; 0 keeps them.")
+@click.option("--student", help="A student folder that judges how well captions fit, e.g. the base that distill.py exports.")
+@click.option("--min-score", type=float, help="Captions below this cosine leave.")
+@click.option("--drop-worst", default=0.0, show_default=True, help="This part of each source's captions leaves, the worst first.")
+@click.option("--seed", default=0, show_default=True, help="Of the choice.")
+@click.option("--overwrite", is_flag=True)
+def curate(sources, out, mix, near, student, min_score, drop_worst, seed, overwrite):
+    """Mixes pairs: near-duplicates out, captions that don't fit out, so many train pictures of each source. Val and test stay whole.
+
+    What leaves is listed in OUT/rejects.jsonl with its reason.
+    """
+    from dclip_qdrant.errors import UsageError
+    from dclip_qdrant.pairs.curate import DCLIP_MIX
+    from dclip_qdrant.pairs.curate import curate as run
+    from dclip_qdrant.student import Student
+
+    if mix:
+        if len(sources) != len(DCLIP_MIX) or any(n is not None for _, n in sources):
+            raise UsageError("--mix", f"{len(sources)} sources", "three, without counts: COCO, Flickr30k, Conceptual Captions")
+        sources = [(path, n) for (path, _), n in zip(sources, DCLIP_MIX, strict=True)]
+    judge = Student.load(student) if student else None
+    m = run(sources, out, near=near, scorer=judge, min_score=min_score, drop_worst=drop_worst, seed=seed, overwrite=overwrite, say=front.say)
+    front.say(f"{out}: " + ", ".join(f"{k} {v:,}" for k, v in m["splits"].items()) + "".join(f"; {v:,} {k}" for k, v in m["left_out"].items()))
+    click.echo(json.dumps(m))
+
+
+COMMANDS = (pairs, fetch, curate)

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -71,18 +72,42 @@ def _through_index(student, pairs, split, settings, through, api_key, queries):
             where.close()
 
 
-@click.command()
-@click.argument("name", required=False)
-def recipes(name):
-    """Lists the recipes, or shows one."""
-    from dclip_qdrant.recipe import HERE, Recipe, recipe_names
+class _Recipes(click.Group):
+    """`recipes NAME` is `recipes show NAME`."""
 
-    if name:
-        Recipe.load(name)
-        click.echo((HERE / f"{name}.toml").read_text() if not name.endswith(".toml") else Path(name).read_text(), nl=False)
-        return
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        return super().resolve_command(ctx, args if args[0] in self.commands else ["show", *args])
+
+
+@click.group(cls=_Recipes, invoke_without_command=True)
+@click.pass_context
+def recipes(ctx):
+    """What can be trained: `recipes list`, `recipes show NAME`."""
+    if ctx.invoked_subcommand is None:
+        ctx.invoke(list_recipes)
+
+
+@recipes.command("list")
+def list_recipes():
+    """Every recipe, with what it is for."""
+    from dclip_qdrant.recipe import Recipe, recipe_names
+
     for n in recipe_names():
-        click.echo(f"{n:<20} {Recipe.load(n).about}")
+        click.echo(f"{n:<18} {Recipe.load(n).about}")
+
+
+@recipes.command("show")
+@click.argument("name")
+@click.option("--toml", is_flag=True, help="The file alone, to copy from.")
+def show_recipe(name, toml):
+    """What a recipe is for, when to pick it, what it cost and gained in our tables, and its file."""
+    from dclip_qdrant import recipe
+
+    found = recipe.Recipe.load(name)
+    file = (Path(name) if name.endswith(".toml") else recipe.HERE / f"{name}.toml").read_text()
+    if not toml:
+        click.echo(recipe.describe(found, name) + "\n")
+    click.echo(file, nl=False)
 
 
 COMMANDS = (evaluate, recipes)

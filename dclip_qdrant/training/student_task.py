@@ -240,8 +240,8 @@ class StudentTask:
         r = 0 if part.crops is None else len(part.crops)
         if "rois" in self.reads:
             out["image"], out["rois"] = self.model.encode_rois(self.model.normalised(part.seen), part.fixed["boxes"])
-            if r:
-                out["regions"] = self._image(part.crops)
+            if part.crops is not None:
+                out["regions"] = self._image(part.crops) if r else out["image"][:0]
         else:
             image = self._image(torch.cat([part.seen, part.crops]) if r else part.seen)
             out["image"] = image[: len(part.seen)]
@@ -253,7 +253,7 @@ class StudentTask:
             else:
                 out["text"] = part.said if self.cached_text else self.model.encode_text(part.said.long())
             if part.spans is not None:
-                out["spans"] = self.model.encode_text(part.spans.long())
+                out["spans"] = self.model.encode_text(part.spans.long()) if len(part.spans) else out["text"][:0]
         return out
 
     def _words(self, model: TwoTower, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,6 +1,5 @@
 """Ray, as our jobs use it: connect, know how much there is, map an actor pool over pairs, and get our own errors back out."""
 
-import json
 import os
 import socket
 import time
@@ -16,7 +15,8 @@ from dclip_qdrant.pairs import Pairs
 from dclip_qdrant.stages import done_keys
 
 # glibc gives large blocks back to the system at once and gets them anew for every layer; told to keep them, the same CPU ran a MobileNet 3.3 times as fast
-# (benchmarks/malloc.py; it is torch's own advice to use an allocator that keeps them). Read when a process starts, so it goes to Ray's workers.
+# (benchmarks/malloc.py; it is torch's own advice to use an allocator that keeps them). Read when a process starts: workers of a private cluster inherit it,
+# a cluster's own have it from `ray start`. Not a runtime_env: with one of those no worker that is there already is used, and each task waits for a new one.
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000", "MALLOC_TOP_PAD_": "67108864"}
 READ_COLUMNS = ["key", "uri", "image", "width", "height", "captions", "split"]
 
@@ -31,8 +31,10 @@ def connect() -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
     if os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"):
-        ray.init(log_to_driver=True, runtime_env=_worker_env())
+        ray.init(log_to_driver=True)
     else:
+        for name, value in KEEP_MEMORY.items():
+            os.environ.setdefault(name, value)
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # a private cluster on loopback, gone with this process
         # the dashboard, on a port of its own: without it Ray Train's controller complains every second
         ray.init(
@@ -43,14 +45,7 @@ def connect() -> None:
             num_cpus=max(4, os.cpu_count() or 1),
             object_store_memory=1 << 30,
             log_to_driver=True,
-            runtime_env=_worker_env(),
         )
-
-
-def _worker_env() -> dict[str, Any]:
-    """The runtime environment of our workers; what the job's own says already is left out, because Ray refuses to merge two values of one variable."""
-    said = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}").get("runtime_env", {}).get("env_vars", {})
-    return {"env_vars": {k: v for k, v in KEEP_MEMORY.items() if k not in said}}
 
 
 def _free_port() -> int:

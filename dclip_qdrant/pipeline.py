@@ -214,7 +214,8 @@ def student_run(job: Job, recipe: Recipe, seed: int, p: Prepared, facts: Facts) 
     """The `Run` of one recipe and seed."""
     from dclip_qdrant.training.runs import Run
 
-    inputs = asdict(facts) | {"recipe": recipe.as_dict(), "seed": seed, "features": p.features.path.name, "cache": p.cache.path.name if p.cache else None,
+    what = {k: v for k, v in recipe.as_dict().items() if k not in ("about", "when")}  # another wording is not another run
+    inputs = asdict(facts) | {"recipe": what, "seed": seed, "features": p.features.path.name, "cache": p.cache.path.name if p.cache else None,
                               "min_retention": job.min_retention}  # fmt: skip
     if p.others:
         inputs["others"] = [UPath(o).name for o in p.others]

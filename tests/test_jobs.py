@@ -111,6 +111,27 @@ def test_killed_job_and_killed_worker_end_with_the_same_metrics(unbroken, tiny_b
             assert b[way] == pytest.approx(a[way], abs=1e-3)
 
 
+def test_compare_reuses_what_is_there_and_one_failed_run_does_not_sink_the_rest(unbroken, tiny_base, pairs_folder, labelled_folder, tmp_path):
+    out = with_stages(unbroken, tmp_path / "out", "regions", "features", "teacher", "teacher-cache", "student", "base")
+    # a recipe that is well-formed and can't be trained: phrases, and a text tower that doesn't learn
+    (tmp_path / "broken.toml").write_text('name = "broken"\n[[objectives]]\nname = "cosine"\nof = "spans"\n[train]\nspan_share = 0.5\n')
+    settings = '["train.epochs=40", "train.batch_size=8", "train.checkpoint_s=0"]'
+    (tmp_path / "s.toml").write_text(f'name = "s"\nseeds = [0]\n[[groups]]\ntitle = "One"\nmain = "tiny"\nset = {settings}\nrecipes = ["sft", "{tmp_path}/broken.toml"]\n')
+    done = job("compare", "--suite", tmp_path / "s.toml", "--pairs", pairs_folder, "--base", tiny_base, "--labelled", labelled_folder, "--out", out, "--min-retention", 0)
+    assert done.returncode == 3, done.stdout[-3000:] + done.stderr[-3000:]
+    for what in ("student tiny seed 0: reused", "base: reused", "student sft seed 0: done", "student broken seed 0: failed"):
+        assert what in done.stdout
+    assert "submit again: what is done is reused" in done.stderr
+    (group,) = json.loads((out / "compare.json").read_text())["groups"]
+    assert [r["name"] for r in group["rows"]] == ["base", "tiny", "tiny+wise_ft", "sft", "sft+wise_ft"]
+    assert list(group["failures"]) == ["student broken seed 0"]
+    assert "a text tower that learns" in group["failures"]["student broken seed 0"]
+    assert {(d["of"], d["than"]) for d in group["differences"]} == {("tiny+wise_ft", "base"), ("tiny+wise_ft", "sft"), ("tiny+wise_ft", "sft+wise_ft"), ("sft+wise_ft", "base"), ("sft+wise_ft", "sft")}
+    report = (out / "results.md").read_text()
+    assert "Failed: student broken seed 0" in report
+    assert "| tiny+wise_ft |" in report
+
+
 def test_two_workers_give_what_one_gives(unbroken, tiny_base, pairs_folder, labelled_folder, tmp_path):
     with_stages(unbroken, tmp_path, "regions", "features")
     done = job("distill", *distill_args(tiny_base, pairs_folder, labelled_folder, tmp_path), "--workers", 2)

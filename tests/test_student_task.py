@@ -176,3 +176,44 @@ def test_patch_features_average_to_regions_and_the_embedding_is_the_models(tiny_
     _, rois = model.encode_rois(pixels, torch.tensor([[[0, 0, 1, 1], [0.5, 0, 1, 0.5]]] * 2))
     torch.testing.assert_close(rois[:, 0], patches.mean((2, 3)), atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(rois[:, 1], patches[:, :, :2, 2:].mean((2, 3)), atol=1e-5, rtol=1e-4)
+
+
+# --- every recipe
+
+
+def names():
+    from dclip_qdrant.recipe import recipe_names
+
+    found = recipe_names()
+    assert len(found) >= 10
+    return found
+
+
+@pytest.mark.parametrize("name", names())
+def test_every_recipe_trains_a_step_and_the_student_changes(tiny_base, cache, tmp_path, name):
+    """The whole recipe but its size: its objectives, trainable set, cut and phases."""
+    from dataclasses import replace
+
+    from dclip_qdrant.comparison import same_budget
+
+    own = Recipe.load(name)
+    small = same_budget(own, own.with_settings("train.batch_size=4", "train.chunk_size=4"))  # its own phases, in its own epochs
+    raw = small.as_dict()
+    if small.train.phases:
+        raw["train"] |= {"epochs": 3, "phases": [{"towers": t, "epochs": 1} for t in ("image", "text", "both")]}
+    else:
+        raw["train"]["epochs"] = 1
+    small = Recipe(**raw)
+    cut = small.student.inherit
+    start = inherit.write(str(tiny_base), tmp_path / "cut", image_layers=1 if cut.image_layers else None, text_layers=1 if cut.text_layers else None) if cut else str(tiny_base)
+    own_cache = replace(cache, teacher=np.random.default_rng(1).standard_normal((N, 1, 2, 32)).astype(np.float16)) if small.teacher else cache
+    own_cache.others = tuple(cache for _ in small.ensemble.models)
+    t = StudentTask(load(start), small, Fake(), CAPTIONS, own_cache, seed=0, same_base=not cut, base=lambda: load(str(tiny_base)))
+    before = t.model.weights()
+    history = fit(t, epochs=small.train.epochs, batch_size=4, chunk_size=4, warmup=0.0, schedule="constant", clip_norm=1.0, checkpoint_s=1e9, seed=0)
+    assert all(np.isfinite(h["loss"]) for h in history)
+    t.model.merge_lora()
+    after = t.model.weights()
+    moved = {n for n in after if not torch.equal(after[n], before[n])}
+    assert any(n.startswith("visual.") for n in moved)
+    assert any(not n.startswith("visual.") for n in moved) == (small.student.text != "frozen")

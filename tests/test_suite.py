@@ -1,0 +1,91 @@
+"""Comparisons: suites are read whole, budgets are equal, one failed run doesn't sink the rest, and the report says what is noise."""
+
+import pytest
+
+from dclip_qdrant.comparison import same_budget
+from dclip_qdrant.errors import RecipeError
+from dclip_qdrant.recipe import Recipe, recipe_names
+from dclip_qdrant.suite import Suite, suite_names
+from dclip_qdrant.suite_report import section, verdict, write
+
+
+@pytest.mark.parametrize("name", suite_names())
+def test_every_suite_names_recipes_that_are_there(name):
+    suite = Suite.load(name)
+    for group in suite.groups:
+        main = Recipe.load(group.main, group.set)
+        for recipe in group.recipes:
+            rival = same_budget(Recipe.load(recipe), main)
+            assert (rival.student, rival.keep) == (main.student, main.keep)
+            passes = lambda r: r.train.epochs * (1 + r.train.region_share)
+            assert passes(main) <= passes(rival) + 1e-9 < passes(main) + 1 + rival.train.region_share
+    assert name == suite.name
+
+
+def test_suites_cover_every_recipe_of_the_papers_and_rivals():
+    named = {r for n in ("flickr8k", "flickr30k", "coco") for g in Suite.load(n).groups for r in (g.main, *g.recipes)}
+    assert named >= set(recipe_names()) - {"tiny", "demo", "dclip_index"}
+
+
+def test_a_wrong_suite_is_one_line(tmp_path):
+    with pytest.raises(RecipeError, match="did you mean 'flickr8k'"):
+        Suite.load("flickr8")
+    (tmp_path / "x.toml").write_text('name = "x"\n[[groups]]\ntitle = "t"\nmain = "sft"\nrecipe = ["dclip"]\n')
+    with pytest.raises(RecipeError, match="groups.0.recipe: extra inputs"):
+        Suite.load(str(tmp_path / "x.toml"))
+
+
+def test_phases_scale_with_the_budget():
+    rival = same_budget(Recipe.load("conaclip"), Recipe.load("sft", ["train.epochs=8"]))
+    assert [(p.towers, p.epochs) for p in rival.train.phases] == [("image", 2), ("text", 4), ("both", 2)]
+    assert rival.train.epochs == 8
+
+
+@pytest.mark.parametrize(("ci", "wanted"), [([0.1, 0.4], "better"), ([-0.4, -0.1], "worse"), ([-0.1, 0.4], "inside the noise"), ([0.0, 0.4], "inside the noise")])
+def test_verdict(ci, wanted):
+    assert verdict(ci) == wanted
+
+
+def result(failures=()):
+    row = {"name": "base", "t2i": {f"r@{k}": 0.1 * k for k in (1, 5, 10)}, "i2t": {f"r@{k}": 0.1 * k for k in (1, 5, 10)}, "mrr": 0.2, "map": 0.2, "mean_r@1": 0.1, "zero_shot": 0.3,
+           "retention": 1.0, "seeds": 1, "n_images": 10, "n_texts": 50}  # fmt: skip
+    mine = row | {"name": "sft", "seconds": 12.0, "passes": 5, "epochs": 5, "mean_r@1": 0.12}
+    differences = [{"of": "sft", "than": "base", "difference": 0.02, "ci": [0.01, 0.03]}, {"of": "sft+wise_ft", "than": "base", "difference": 0.0, "ci": [-0.01, 0.01]}]
+    group = {"title": "Image side", "about": "", "main": "sft", "split": "test", "rows": [row, mine], "differences": differences, "failures": dict(failures), "start": {"image": 2e6, "text": 1e6, "ms_per_image": 1.0, "ms_per_text": 2.0},
+             "sweeps": {"sft": [{"alpha": 0.5, "val_mean_r@1": 0.1, "retention": 1.0}, {"alpha": 1.0, "val_mean_r@1": 0.12, "retention": 0.9}]}}  # fmt: skip
+    return {"suite": "mine", "about": "A suite.", "seeds": [0], "groups": [group]}
+
+
+def test_the_report_says_what_is_noise_what_it_cost_and_what_failed():
+    text = section(result({"student x seed 0": "ValueError: no"}), plots=["p.png"], command="COMMAND", machine="MACHINE")
+    assert "- **sft**: +2.0 [+1.0, +3.0] against base (better)." in text
+    assert "- **sft+wise_ft**: +0.0 [-1.0, +1.0] against base (inside the noise)." in text
+    assert "sft 12 s (5 passes over the pictures)" in text
+    assert "2.0 + 1.0 M parameters" in text
+    assert "Failed: student x seed 0: ValueError: no." in text
+    for said in ("COMMAND", "MACHINE", "](p.png)"):
+        assert said in text
+
+
+def test_a_section_is_replaced_and_the_rest_of_the_file_stays(tmp_path):
+    path = tmp_path / "docs" / "results.md"
+    path.parent.mkdir()
+    path.write_text("# Results\n\nBy hand.\n")
+    write(result(), path, command="first")
+    once = path.read_text()
+    path.write_text(once + "\nMore by hand.\n")
+    write(result(), path, command="second")
+    twice = path.read_text()
+    assert twice.startswith("# Results\n\nBy hand.\n")
+    assert twice.endswith("\nMore by hand.\n")
+    assert twice.count("## Recipes compared") == 1
+    assert "second" in twice
+    assert "first" not in twice
+    assert (tmp_path / "docs" / "mine-0.png").stat().st_size > 1000
+
+
+def test_what_a_leak_was_worth_is_said():
+    leaked = result() | {"share": 0.33}
+    leaked["groups"][0]["rows"][1] |= {"mean_r@1": 0.15}
+    text = section(result(), plots=[None], command="", machine="", leaked=leaked)
+    assert "mean R@1 12.0 clean, 15.0 leaked (+3.0)" in text

@@ -10,7 +10,7 @@ export MALLOC_MMAP_MAX_ := 0
 export MALLOC_TRIM_THRESHOLD_ := 100000000000
 export MALLOC_TOP_PAD_ := 67108864
 
-.PHONY: setup demo test test-fast lint schemas clean
+.PHONY: setup demo demo-long test test-fast lint schemas clean
 
 setup: $(STAMP)
 
@@ -22,6 +22,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: setup      ## the whole way on a rendered data set; writes demo/report.html
 	$(BIN)/python examples/demo/run.py
+
+demo-long: setup ## the demo, then every recipe and the papers' own tasks on scenes (about an hour on 2 cores)
+	$(BIN)/python examples/demo/run.py --long
 
 test: setup      ## everything
 	$(BIN)/ruff check .

@@ -211,13 +211,13 @@ def recipe_names() -> list[str]:
 
 def describe(recipe: Recipe, name: str) -> str:
     """A recipe for somebody who has to choose: what it is for, when to pick it, and what it gained and cost in our tables (`recipes/figures.json`, which
-    `make recipe-figures` makes from the suites' results)."""
+    `ray_jobs/compare.py --figures` makes from a suite's result)."""
     lines = [f"{name}: {recipe.about}"]
     if recipe.when:
         lines.append(f"Pick it: {recipe.when}")
     figures = json.loads((HERE / "figures.json").read_text()) if (HERE / "figures.json").is_file() else []
     for f in figures:
-        if f["recipe"] == name:
+        if f["recipe"] == recipe.name and name != "demo":
             kept = f", retention {f['retention']:.3f}" if f["retention"] is not None else ""
             against = "; ".join(f"{d['difference'] * 100:+.1f} [{d['ci'][0] * 100:+.1f}, {d['ci'][1] * 100:+.1f}] against {d['than']}" for d in f["differences"])
             lines.append(f"Measured ({f['suite']}, {f['group']}, {f['seeds']} seeds): mean R@1 {f['mean_r@1'] * 100:.1f}{kept}; {against}; {f['seconds']:.0f} s to train")

@@ -1,5 +1,6 @@
 """A suite's result for people: Markdown and plots, with the words that figures by themselves don't say."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,25 @@ def section(result: dict[str, Any], *, plots: list[str | None], command: str, ma
     if leaked:
         out += [*_leak(result, leaked), ""]
     return "\n".join(out).strip()
+
+
+def recipe_figures(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """What `dclip-qdrant recipes show` tells of each recipe of a suite: its row after WiSE-FT (where it has that) and its differences."""
+    out = []
+    for group in result["groups"]:
+        rows = {r["name"]: r for r in group["rows"] if "seconds" in r}
+        for name in dict.fromkeys(n.removesuffix("+wise_ft") for n in rows):
+            full = name + "+wise_ft" if name + "+wise_ft" in rows else name
+            r = rows[full]
+            out.append({"recipe": name, "suite": result["suite"], "group": group["title"], "seeds": r["seeds"], "mean_r@1": r["mean_r@1"], "retention": r["retention"], "seconds": r["seconds"],
+                        "differences": [{k: d[k] for k in ("than", "difference", "ci")} for d in group["differences"] if d["of"] == full]})  # fmt: skip
+    return out
+
+
+def update_figures(result: dict[str, Any], path: Path) -> None:
+    """Puts a suite's figures into the file, in the place of the same suite's older ones."""
+    old = json.loads(path.read_text()) if path.exists() else []
+    path.write_text(json.dumps([f for f in old if f["suite"] != result["suite"]] + recipe_figures(result), indent=1) + "\n")
 
 
 def verdict(ci: list[float]) -> str:

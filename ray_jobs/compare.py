@@ -28,7 +28,8 @@ from dclip_qdrant.errors import PartialError
 @click.option("--min-retention", default=1.0, show_default=True, help="What WiSE-FT's alpha must keep.")
 @click.option("--reproduce-leak", type=float, metavar="SHARE", help="Also with this part of the test pictures in train, to see what a leak is worth (DCLIP's: 0.33 to 0.42).")
 @click.option("--report", help="The Markdown file to write the section into.  [default: OUT/results.md]")
-def main(suite_name, pairs, base, out, labelled, weights, settings, seeds, parallel, min_retention, reproduce_leak, report):
+@click.option("--figures", help="Also put what `dclip-qdrant recipes show` tells into this JSON file (dclip_qdrant/recipes/figures.json in a checkout).")
+def main(suite_name, pairs, base, out, labelled, weights, settings, seeds, parallel, min_retention, reproduce_leak, report, figures):
     what = suite.Suite.load(suite_name)
     if weights:
         settings = (*settings, f'regions.options.weights="{cluster.absolute(weights, "--weights")}"')
@@ -47,6 +48,8 @@ def main(suite_name, pairs, base, out, labelled, weights, settings, seeds, paral
     machine = f"{time.strftime('%Y-%m-%d')}, {platform.machine()}, " + (f"{gpus} GPUs" if gpus else f"Ray with {cpus} CPUs") + f", seeds {', '.join(map(str, result['seeds']))}."
     suite_report.write(result, target, command=_command(suite_name, settings, reproduce_leak), machine=machine, leaked=leaked)
     print(f"report: {target}")
+    if figures:
+        suite_report.update_figures(result, Path(cluster.absolute(figures, "--figures")))
     failures = [f for group in result["groups"] for f in group["failures"]]
     if failures:
         raise PartialError(suite_name, f"{len(failures)} runs failed: {', '.join(failures)}", do="submit again: what is done is reused")

@@ -108,7 +108,29 @@ def test_pairs(scenes_folder, tmp_path):
     assert "--overwrite" in again.stderr
 
 
+def test_curate(pairs_folder, tmp_path):
+    done = run("curate", f"{pairs_folder}=10", "-o", tmp_path / "mixed", "--near", "0")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["splits"] == {"train": 10, "val": 10, "test": 10}
+    assert "30 over the count" in done.stderr
+
+
+def test_recipes_list_and_show():
+    listed = run("recipes", "list").stdout
+    assert listed == run("recipes").stdout
+    assert "\nconaclip " in listed
+    shown = run("recipes", "show", "clip_refine").stdout
+    assert shown.startswith("clip_refine: CLIP-Refine")
+    assert "\nPick it: when you have no detector" in shown
+    assert 'name = "random_alignment"' in shown
+    assert run("recipes", "clip_refine").stdout == shown
+    assert run("recipes", "show", "clip_refine", "--toml").stdout.startswith("# CLIP-Refine")
+
+
 @pytest.mark.parametrize(("args", "code", "says"), [
+    (("curate", "/no/such", "-o", "x"), 2, "no such file or folder"),
+    (("curate", "a", "b", "--mix", "dclip", "-o", "x"), 2, "three, without counts"),
+    (("fetch", "/no/such.tsv", "-o", "x"), 1, "no such file"),
     (("serch",), 2, "did you mean 'search'"),
     (("pairs", "/no/such", "-o", "x"), 2, "no such file or folder"),
     (("search", "x", "--student", "/no/such", "--collection", "c"), 1, "no such folder"),

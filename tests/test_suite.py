@@ -1,4 +1,6 @@
-"""Comparisons: suites are read whole, budgets are equal, one failed run doesn't sink the rest, and the report says what is noise."""
+"""Comparisons: suites are read whole, budgets are equal, the report says what is noise. The job itself is in test_jobs.py."""
+
+import json
 
 import pytest
 
@@ -82,6 +84,18 @@ def test_a_section_is_replaced_and_the_rest_of_the_file_stays(tmp_path):
     assert "second" in twice
     assert "first" not in twice
     assert (tmp_path / "docs" / "mine-0.png").stat().st_size > 1000
+
+
+def test_figures_for_recipes_show_replace_the_suites_older_ones(tmp_path):
+    from dclip_qdrant.suite_report import update_figures
+
+    path = tmp_path / "figures.json"
+    path.write_text(json.dumps([{"suite": "mine", "recipe": "old"}, {"suite": "other", "recipe": "x"}]))
+    update_figures(result(), path)
+    out = json.loads(path.read_text())
+    assert [(f["suite"], f["recipe"]) for f in out] == [("other", "x"), ("mine", "sft")]
+    assert out[1]["seconds"] == 12.0
+    assert out[1]["differences"] == [{"than": "base", "difference": 0.02, "ci": [0.01, 0.03]}]
 
 
 def test_what_a_leak_was_worth_is_said():

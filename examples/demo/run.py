@@ -1,6 +1,6 @@
 """The demo, start to end: renders scenes, makes pairs, starts a Ray head of its own, submits the job, ingests, searches, writes demo/report.html.
 
-    make demo            # or: python examples/demo/run.py [--fresh] [--seeds 0,1,2]
+    make demo            # or: python examples/demo/run.py [--fresh] [--seeds 0,1,2] [--long]
 
 Everything lands in demo/. A second run reuses what is there; --fresh starts over.
 """
@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
+import questions
 import report
 import scenes
 
@@ -106,10 +107,29 @@ class RayHead:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
+def long_form(head: RayHead, detector: Path) -> None:
+    """Every recipe beside the others (demo/compare.md); ComKD-CLIP's and CLIP-TD's own tasks."""
+    submit = (BIN / "ray", "job", "submit", "--address", head.address, "--working-dir", ".", "--", "python")
+    step("Every recipe at the same budget")
+    call(*submit, "ray_jobs/compare.py", "--suite", "demo", "--base", HERE / "base", "--weights", detector, "--pairs", OUT / "pairs", "--labelled", OUT / "labelled", "--out", OUT,
+         "--report", OUT / "compare.md", show=True, ok=(0, 3))  # fmt: skip
+    step("ComKD-CLIP's own task: half of the shapes labelled, the others new")
+    call(*submit, "ray_jobs/adapt.py", "--labelled", OUT / "labelled", "--teacher", HERE / "base", "--student", HERE / "base", "--out", OUT / "adapted", "--set", "depth=4", show=True)
+    step("CLIP-TD's own task: questions and statements about scenes, few and many")
+    for subset, count, start in (("train", 2000, 3_000_000), ("test", 500, 4_000_000)):
+        if not (OUT / "questions" / f"snli_ve_{subset}.jsonl").exists():
+            questions.write(OUT / "questions", count, start=start, subset=subset)
+    files = lambda subset: ",".join(str(OUT / "questions" / f"v2_{kind}_{subset}_{what}.json") for kind, what in (("OpenEnded_mscoco", "questions"), ("mscoco", "annotations")))
+    for task, train, test in (("vqa", files("train"), files("test")), ("snli_ve", *(OUT / "questions" / f"snli_ve_{s}.jsonl" for s in ("train", "test")))):
+        call(*submit, "ray_jobs/clip_td.py", "--task", task, "--train", train, "--test", test, "--images", OUT / "questions" / "images", "--teacher", HERE / "base", "--detector", "yolo",
+             "--weights", detector, "--out", OUT / f"clip_td-{task}", "--part", "0.1", "--part", "1.0", "--seeds", "0,1,2", show=True)  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fresh", action="store_true", help="start over")
     parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--long", action="store_true", help="also compare every recipe, and the papers' own tasks, on scenes")
     args = parser.parse_args()
     if args.fresh and OUT.exists():
         shutil.rmtree(OUT)
@@ -125,6 +145,8 @@ def main() -> None:
         call(BIN / "ray", "job", "submit", "--address", head.address, "--working-dir", ".", "--",
              "python", "ray_jobs/distill.py", "--recipe", "demo", "--base", HERE / "base", "--weights", detector, "--pairs", OUT / "pairs",
              "--labelled", OUT / "labelled", "--out", OUT, "--seeds", args.seeds, show=True, ok=(0, 3))  # fmt: skip
+        if args.long:
+            long_form(head, detector)
     print((OUT / "table.md").read_text())
     step("Ingesting the test scenes, one caption each, with the student and with the base it came from")
     (regions,) = (p.parent for p in (OUT / "stages").glob("regions-*/manifest.json"))  # found once, by the job

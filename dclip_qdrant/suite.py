@@ -61,6 +61,22 @@ class Suite(_Part):
             raise RecipeError(path, f"{'.'.join(map(str, first['loc']))}: {first['msg'][0].lower()}{first['msg'][1:]}") from e
 
 
+def only(suite: Suite, groups: tuple[str, ...], recipes: tuple[str, ...]) -> Suite:
+    """A part of a suite: the groups of these titles and, beside each group's main recipe, these recipes; an empty tuple leaves all.
+
+    Raises:
+        RecipeError: a title or a recipe that isn't there.
+    """
+    titles = [g.title for g in suite.groups]
+    named = {r for g in suite.groups for r in g.recipes}
+    for flag, wanted, known in (("--group", groups, titles), ("--recipe", recipes, sorted(named))):
+        for name in wanted:
+            if name not in known:
+                raise RecipeError(flag, f"no {name!r} in suite {suite.name}", do=did_you_mean(name, known))
+    kept = [g for g in suite.groups if not groups or g.title in groups]
+    return suite.model_copy(update={"groups": tuple(g.model_copy(update={"recipes": tuple(r for r in g.recipes if not recipes or r in recipes)}) for g in kept)})
+
+
 def suite_names() -> list[str]:
     return sorted(p.stem for p in HERE.glob("*.toml"))
 
@@ -253,4 +269,4 @@ def leaked(asked: Asked, share: float) -> Asked:
     return replace(asked, pairs=str(folder), out=str(UPath(asked.out) / "leaked"))
 
 
-__all__ = ["Asked", "DclipError", "Suite", "compare", "leaked", "run_tasks", "suite_names"]
+__all__ = ["Asked", "DclipError", "Suite", "compare", "leaked", "only", "run_tasks", "suite_names"]

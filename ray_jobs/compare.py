@@ -17,6 +17,8 @@ from dclip_qdrant.errors import PartialError
 
 @click.command(help=__doc__)
 @click.option("--suite", "suite_name", required=True, help="A suite's name or a .toml file.")
+@click.option("--group", "groups", multiple=True, help="Only the group of this title; repeatable.")
+@click.option("--recipe", "recipes", multiple=True, help="Only this recipe beside each group's main one; repeatable.")
 @click.option("--pairs", required=True, help="Folder made by `dclip-qdrant pairs`.")
 @click.option("--base", required=True, help="The CLIP to start from, as in distill.py.")
 @click.option("--out", required=True, help="Where stages and compare.json go; distill.py's --out can be shared.")
@@ -29,8 +31,8 @@ from dclip_qdrant.errors import PartialError
 @click.option("--reproduce-leak", type=float, metavar="SHARE", help="Also with this part of the test pictures in train, to see what a leak is worth (DCLIP's: 0.33 to 0.42).")
 @click.option("--report", help="The Markdown file to write the section into.  [default: OUT/results.md]")
 @click.option("--figures", help="Also put what `dclip-qdrant recipes show` tells into this JSON file (dclip_qdrant/recipes/figures.json in a checkout).")
-def main(suite_name, pairs, base, out, labelled, weights, settings, seeds, parallel, min_retention, reproduce_leak, report, figures):
-    what = suite.Suite.load(suite_name)
+def main(suite_name, groups, recipes, pairs, base, out, labelled, weights, settings, seeds, parallel, min_retention, reproduce_leak, report, figures):
+    what = suite.only(suite.Suite.load(suite_name), groups, recipes)
     if weights:
         settings = (*settings, f'regions.options.weights="{cluster.absolute(weights, "--weights")}"')
     try:
@@ -46,7 +48,7 @@ def main(suite_name, pairs, base, out, labelled, weights, settings, seeds, paral
     leaked = suite.compare(what, suite.leaked(asked, reproduce_leak)) | {"share": reproduce_leak} if reproduce_leak else None
     cpus, gpus = cluster.cpus(), cluster.gpus()
     machine = f"{time.strftime('%Y-%m-%d')}, {platform.machine()}, " + (f"{gpus} GPUs" if gpus else f"Ray with {cpus} CPUs") + f", seeds {', '.join(map(str, result['seeds']))}."
-    suite_report.write(result, target, command=_command(suite_name, settings, reproduce_leak), machine=machine, leaked=leaked)
+    suite_report.write(result, target, command=_command(suite_name, groups, recipes, settings, reproduce_leak), machine=machine, leaked=leaked)
     print(f"report: {target}")
     if figures:
         suite_report.update_figures(result, Path(cluster.absolute(figures, "--figures")))
@@ -55,9 +57,10 @@ def main(suite_name, pairs, base, out, labelled, weights, settings, seeds, paral
         raise PartialError(suite_name, f"{len(failures)} runs failed: {', '.join(failures)}", do="submit again: what is done is reused")
 
 
-def _command(name, settings, leak):
+def _command(name, groups, recipes, settings, leak):
     """The command without this machine's paths."""
-    more = [f"--set {s}" for s in settings if "weights=" not in s] + ([f"--reproduce-leak {leak:g}"] if leak else [])
+    name = "SUITE.toml" if name.endswith(".toml") else name
+    more = [*(f'--group "{g}"' for g in groups), *(f"--recipe {r}" for r in recipes)] + [f"--set {s}" for s in settings if "weights=" not in s] + ([f"--reproduce-leak {leak:g}"] if leak else [])
     return " ".join(["ray job submit --working-dir . -- python ray_jobs/compare.py", f"--suite {name} --pairs PAIRS --base BASE --labelled LABELLED --out OUT", *more])
 
 

@@ -37,6 +37,18 @@ def test_a_wrong_suite_is_one_line(tmp_path):
         Suite.load(str(tmp_path / "x.toml"))
 
 
+def test_a_part_of_a_suite():
+    from dclip_qdrant.suite import only
+
+    part = only(Suite.load("flickr8k"), ("Image side only",), ("sft", "clip_kd"))
+    assert [(g.main, g.recipes) for g in part.groups] == [("dclip", ("sft", "clip_kd"))]
+    assert only(Suite.load("flickr8k"), (), ()) == Suite.load("flickr8k")
+    with pytest.raises(RecipeError, match="--recipe: no 'sfT'.*did you mean 'sft'"):
+        only(Suite.load("flickr8k"), (), ("sfT",))
+    with pytest.raises(RecipeError, match="--group: no 'Image side'"):
+        only(Suite.load("flickr8k"), ("Image side",), ())
+
+
 def test_phases_scale_with_the_budget():
     rival = same_budget(Recipe.load("conaclip"), Recipe.load("sft", ["train.epochs=8"]))
     assert [(p.towers, p.epochs) for p in rival.train.phases] == [("image", 2), ("text", 4), ("both", 2)]

@@ -14,7 +14,7 @@ from dclip_qdrant.lookup import need
 from dclip_qdrant.pairs import Pairs
 from dclip_qdrant.stages import done_keys
 
-# glibc gives large blocks back to the system at once and gets them anew for every layer; told to keep them, the same CPU ran a MobileNet 3.3 times as fast
+# glibc gives large blocks back to the system at once and gets them anew for every layer; told to keep them, the same CPU ran a MobileNet 3.7 times as fast
 # (benchmarks/malloc.py; it is torch's own advice to use an allocator that keeps them). Read when a process starts: workers of a private cluster inherit it,
 # a cluster's own have it from `ray start`. Not a runtime_env: with one of those no worker that is there already is used, and each task waits for a new one.
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000", "MALLOC_TOP_PAD_": "67108864"}

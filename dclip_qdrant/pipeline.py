@@ -85,15 +85,11 @@ def regions(job: Job) -> Stage:
     return extract_regions(job.stages, pairs, job.recipe, actors=job.actors, say=job.say)
 
 
-WIDTH = 1024  # any that no objective's option exceeds: what is asked here doesn't hang on it
-
-
 def wants_regions(recipe: Recipe) -> bool:
     """Whether a teacher or an objective asks for boxes."""
-    from dclip_qdrant.training.student_task import Weighted
+    from dclip_qdrant.training.student_task import reads_regions
 
-    asked = Weighted(recipe.objectives, WIDTH, WIDTH).reads
-    return recipe.teacher is not None or recipe.train.region_share > 0 or bool(asked & {"regions", "rois"})
+    return recipe.teacher is not None or reads_regions(recipe)
 
 
 def prepare(job: Job, recipe: Recipe) -> Prepared:

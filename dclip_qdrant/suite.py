@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from upath import UPath
 
 from dclip_qdrant import cluster, comparison, evaluation, metrics, pipeline
-from dclip_qdrant.errors import DclipError, RecipeError
+from dclip_qdrant.errors import RecipeError
 from dclip_qdrant.labelled import Labelled
 from dclip_qdrant.lookup import did_you_mean
 from dclip_qdrant.pairs import Pairs
@@ -269,4 +269,4 @@ def leaked(asked: Asked, share: float) -> Asked:
     return replace(asked, pairs=str(folder), out=str(UPath(asked.out) / "leaked"))
 
 
-__all__ = ["Asked", "DclipError", "Suite", "compare", "leaked", "only", "run_tasks", "suite_names"]
+__all__ = ["Asked", "Suite", "compare", "leaked", "only", "run_tasks", "suite_names"]

@@ -17,6 +17,7 @@ from upath import UPath
 from dclip_qdrant.errors import InputError
 from dclip_qdrant.few_shot import comkd, protocol
 from dclip_qdrant.labelled import Labelled
+from dclip_qdrant.metrics import normalise
 from dclip_qdrant.models import two_tower
 from dclip_qdrant.models.two_tower import TwoTower
 from dclip_qdrant.preprocess import Preprocess
@@ -80,7 +81,7 @@ def adapt(
     texts = _texts(prompts, names)
 
     rest = {tower: _pixels(data, split.unlabelled, tower.preprocess) for tower in {t, s}}
-    u_t = metrics_unit(comkd.over(first.modules, rest[t], t, device))
+    u_t = normalise(comkd.over(first.modules, rest[t], t, device))
     torch.manual_seed(config.seed)
     second = comkd.UnlabelledStudent(s, rest[s], u_t, texts, lr=config.student_lr, axis=config.axis, align=config.align, attention=config.attention, depth=config.depth,
                                      device=device)  # fmt: skip
@@ -88,12 +89,12 @@ def adapt(
 
     def rows(of: Labelled, index: np.ndarray, judge: Callable[[np.ndarray], dict[str, float]], class_texts: Tensor) -> list[dict[str, Any]]:
         seen = {tower: _pixels(of, index, tower.preprocess) for tower in {t, s}}
-        plain = lambda tower: metrics_unit(comkd.plain_features(tower, seen[tower], device)) @ _plain_texts(tower, list(of.names)).T
+        plain = lambda tower: normalise(comkd.plain_features(tower, seen[tower], device)) @ _plain_texts(tower, list(of.names)).T
         bank = class_texts.to(device)
         return [
             {"name": "student, zero-shot"} | judge(plain(s)),
             {"name": "teacher, zero-shot"} | judge(plain(t)),
-            {"name": "teacher, prompted"} | judge(metrics_unit(comkd.over(first.modules, seen[t], t, device)) @ bank.cpu().numpy().T),
+            {"name": "teacher, prompted"} | judge(normalise(comkd.over(first.modules, seen[t], t, device)) @ bank.cpu().numpy().T),
             {"name": "comkd_clip"} | judge(comkd.over(lambda x: second.student.logits(second.student.project(x), bank), seen[s], s, device)),
         ]
 
@@ -114,12 +115,6 @@ def adapt(
     (folder / "classes.json").write_text(json.dumps(names) + "\n")
     (folder / "few_shot.json").write_text(json.dumps(result, indent=1) + "\n")
     return result
-
-
-def metrics_unit(x: np.ndarray) -> np.ndarray:
-    from dclip_qdrant.metrics import normalise
-
-    return normalise(x)
 
 
 def _train(task: Any, epochs: int, config: Config, folder: UPath, say: Say, name: str) -> None:
@@ -156,7 +151,7 @@ def _plain_texts(tower: TwoTower, names: list[str]) -> np.ndarray:
     from dclip_qdrant.labelled import PROMPT
     from dclip_qdrant.training.evaluate import encode_texts
 
-    return metrics_unit(encode_texts(tower, [PROMPT.format(n.replace("_", " ")) for n in names]))
+    return normalise(encode_texts(tower, [PROMPT.format(n.replace("_", " ")) for n in names]))
 
 
 def table(result: dict[str, Any]) -> str:

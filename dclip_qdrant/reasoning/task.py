@@ -21,7 +21,7 @@ from torchvision.ops import roi_align
 from dclip_qdrant.models.fused import Fused, FusedEncoder, Head
 from dclip_qdrant.models.two_tower import TwoTower
 from dclip_qdrant.reasoning.examples import Example
-from dclip_qdrant.reasoning.teacher import Seen, words
+from dclip_qdrant.reasoning.teacher import Seen
 from dclip_qdrant.selection import select
 from dclip_qdrant.training.loop import Vectors
 
@@ -140,7 +140,8 @@ class Reasoning:
 
     def _distance(self, h: Fused, part: Batch, ids: Tensor) -> Tensor:
         """D_i [B]: the student against CLIP on the picture with its right text."""
-        sentence, tokens, is_word = words(self.tower, ids)
+        with torch.no_grad():
+            sentence, tokens, is_word = self.tower.encode_words(ids)
         f = part.fixed
         d = l1(self.student.to_image(h.image), f["image"]) + l1(self.student.to_text(h.text), sentence)
         if self.cfg.distill == "naive":

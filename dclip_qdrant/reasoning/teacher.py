@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from dclip_qdrant import images, metrics
 from dclip_qdrant.models.two_tower import TwoTower
@@ -80,9 +79,3 @@ def confidences(tower: TwoTower, examples: Sequence[Example], seen: Seen, *, bat
             else:
                 out[start + j] = 0.5 if e.truth is None else own[j] if e.truth else 1 - own[j]
     return out
-
-
-@torch.no_grad()
-def words(tower: TwoTower, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Token ids [B, L] -> sentence vectors [B, D], token features [B, L, D], and which are words [B, L]."""
-    return tower.encode_words(ids)

@@ -24,7 +24,7 @@ from dclip_qdrant.training.checkpoint import Checkpoints
 from dclip_qdrant.training.distributed import Comm
 from dclip_qdrant.training.evaluate import EvalSet, LabelledSet
 from dclip_qdrant.training.loop import fit
-from dclip_qdrant.training.student_task import StudentTask
+from dclip_qdrant.training.student_task import StudentTask, reads_regions
 from dclip_qdrant.training.teacher_task import Spans, TeacherTask, fuse
 
 Say = Callable[[str], None]
@@ -179,7 +179,7 @@ class Worker:
         pictures = Pictures(pairs, "train")
         captions = pairs.table(["captions"], ("train",))["captions"].to_pylist()
         cache = load_cache(pictures.keys, [len(c) for c in captions], UPath(run.features), UPath(run.teacher) if run.teacher else None,
-                           need=("texts", "regions", "region_boxes", "region_trunk") if run.teacher or recipe.train.region_share else ("texts",))  # fmt: skip
+                           need=("texts", "regions", "region_boxes", "region_trunk") if reads_regions(recipe) else ("texts",))  # fmt: skip
         cache.others = tuple(
             cache if o == "base" else load_cache(pictures.keys, [len(c) for c in captions], UPath(o), need=("texts",)) for o in run.others
         )

@@ -57,6 +57,14 @@ class Weighted(nn.Module):
         return total, {n: v.item() for n, v in zip(self.names, values, strict=True)}
 
 
+WIDTH = 1024  # any that no objective's option exceeds: what objectives read doesn't hang on it
+
+
+def reads_regions(recipe: Recipe) -> bool:
+    """Whether a student's run needs the cached regions."""
+    return recipe.train.region_share > 0 or bool(Weighted(recipe.objectives, WIDTH, WIDTH).reads & {"regions", "rois"})
+
+
 class StudentTask:
     """See `loop.Task`. A frozen trunk is never run (its features come from the cache), nor is a frozen text tower that is the teacher's own.
 

@@ -1,4 +1,4 @@
-"""The Ray jobs as a user runs them, on a private cluster: whole, killed and submitted again, and what they refuse."""
+"""The Ray jobs as a user runs them, on a head of our own or a private cluster: whole, killed and submitted again, and what they refuse."""
 
 import json
 import os
@@ -17,129 +17,10 @@ pytestmark = pytest.mark.slow
 ENV = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled", "YOLO_OFFLINE": "true"}
 
 
-def job(name, *args, timeout=400):
+def job(name, *args, env=ENV, timeout=400):
     return subprocess.run(
-        [sys.executable, f"ray_jobs/{name}.py", *map(str, args)], cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=timeout
+        [sys.executable, f"ray_jobs/{name}.py", *map(str, args)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout
     )
-
-
-def distill_args(tiny_base, pairs_folder, labelled_folder, out):
-    # enough epochs to be caught in the middle of one, a checkpoint after every step
-    return ["--recipe", "tiny", "--base", tiny_base, "--pairs", pairs_folder, "--labelled", labelled_folder, "--out", out, "--no-compare", "--min-retention", "0",
-            "--set", "train.epochs=40", "--set", "train.batch_size=8", "--set", "train.checkpoint_s=0"]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def unbroken(tiny_base, pairs_folder, labelled_folder, tmp_path_factory):
-    out = tmp_path_factory.mktemp("unbroken")
-    done = job("distill", *distill_args(tiny_base, pairs_folder, labelled_folder, out))
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return out, done
-
-
-def with_stages(unbroken, out, *kinds):
-    """A folder in which these stages of the unbroken run are done already."""
-    for kind in kinds:
-        (folder,) = (unbroken[0] / "stages").glob(f"{kind}-????????????")
-        shutil.copytree(folder, out / "stages" / folder.name)
-    return out
-
-
-def test_distill_leaves_a_student_a_table_and_the_base(unbroken, student_folder):
-    from dclip_qdrant.student import Student
-
-    out, done = unbroken
-    table = json.loads((out / "table.json").read_text())
-    assert [r["name"] for r in table["rows"]] == ["base", "tiny"]
-    assert set(table["rows"][1]["t2i"]) == {"r@1", "r@5", "r@10", "mrr", "map"}
-    assert table["rows"][0]["n_images"] == 10
-    student, base = Student.load(out / "student"), Student.load(out / "base")
-    assert student.fingerprint != base.fingerprint
-    assert student.embed_texts(["a red star"]) == pytest.approx(base.embed_texts(["a red star"]), abs=1e-5)  # the text tower was frozen
-    assert f"student: {out}/student" in done.stdout
-    assert "| base |" in done.stdout
-
-
-def test_a_second_submission_reuses_everything(unbroken, tiny_base, pairs_folder, labelled_folder):
-    out, _ = unbroken
-    before = (out / "student" / "manifest.json").read_bytes()
-    done = job("distill", *distill_args(tiny_base, pairs_folder, labelled_folder, out))
-    assert done.returncode == 0
-    for stage in ("regions: reused", "features: reused", "teacher cache: reused", "student tiny seed 0: reused", "export: reused"):
-        assert stage in done.stdout
-    assert (out / "student" / "manifest.json").read_bytes() == before
-
-
-def test_killed_job_and_killed_worker_end_with_the_same_metrics(unbroken, tiny_base, pairs_folder, labelled_folder, tmp_path):
-    """SIGKILL the whole job in mid-epoch, submit again, SIGKILL the worker in mid-epoch, let it go on."""
-    with_stages(unbroken, tmp_path, "regions", "features", "teacher", "teacher-cache")
-    command = [sys.executable, "ray_jobs/distill.py", *map(str, distill_args(tiny_base, pairs_folder, labelled_folder, tmp_path))]
-    checkpoints = lambda: sorted(tmp_path.glob("stages/student-*/checkpoints/step-*.pt"), key=lambda p: int(p.stem[5:]))
-
-    def step():
-        found = checkpoints()
-        return int(found[-1].stem[5:]) if found else 0
-
-    with subprocess.Popen(command, cwd=ROOT, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        until = time.monotonic() + 300
-        while step() < 20:
-            assert time.monotonic() < until
-            assert process.poll() is None
-            time.sleep(0.02)
-        os.kill(process.pid, signal.SIGKILL)
-    time.sleep(5)  # the private cluster notices and ends itself
-    at_kill = step()
-    assert 20 <= at_kill < 200
-    said, killed = "", None
-    with subprocess.Popen(command, cwd=ROOT, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-        for line in process.stdout:
-            said += line
-            found = re.search(r"RayTrainWorker pid=(\d+).*student tiny seed 0: resumed at", line)
-            if found and killed is None:
-                until = time.monotonic() + 100
-                while step() < min(at_kill + 20, 190) and time.monotonic() < until:
-                    time.sleep(0.02)
-                killed = int(found.group(1))
-                os.kill(killed, signal.SIGKILL)
-    assert process.returncode == 0, said[-3000:]
-    assert killed is not None, said[-3000:]
-    assert len(re.findall("resumed at epoch", said)) >= 2
-    wanted = json.loads((unbroken[0] / "table.json").read_text())["rows"]
-    got = json.loads((tmp_path / "table.json").read_text())["rows"]
-    for a, b in zip(wanted, got, strict=True):
-        for way in ("t2i", "i2t"):
-            assert b[way] == pytest.approx(a[way], abs=1e-3)
-
-
-def test_compare_reuses_what_is_there_and_one_failed_run_does_not_sink_the_rest(unbroken, tiny_base, pairs_folder, labelled_folder, tmp_path):
-    out = with_stages(unbroken, tmp_path / "out", "regions", "features", "teacher", "teacher-cache", "student", "base")
-    # a recipe that is well-formed and can't be trained: phrases, and a text tower that doesn't learn
-    (tmp_path / "broken.toml").write_text('name = "broken"\n[[objectives]]\nname = "cosine"\nof = "spans"\n[train]\nspan_share = 0.5\n')
-    settings = '["train.epochs=40", "train.batch_size=8", "train.checkpoint_s=0"]'
-    (tmp_path / "s.toml").write_text(f'name = "s"\nseeds = [0]\n[[groups]]\ntitle = "One"\nmain = "tiny"\nset = {settings}\nrecipes = ["sft", "{tmp_path}/broken.toml"]\n')
-    done = job("compare", "--suite", tmp_path / "s.toml", "--pairs", pairs_folder, "--base", tiny_base, "--labelled", labelled_folder, "--out", out, "--min-retention", 0)
-    assert done.returncode == 3, done.stdout[-3000:] + done.stderr[-3000:]
-    for what in ("student tiny seed 0: reused", "base: reused", "student sft seed 0: done", "student broken seed 0: failed"):
-        assert what in done.stdout
-    assert "submit again: what is done is reused" in done.stderr
-    (group,) = json.loads((out / "compare.json").read_text())["groups"]
-    assert [r["name"] for r in group["rows"]] == ["base", "tiny", "tiny+wise_ft", "sft", "sft+wise_ft"]
-    assert list(group["failures"]) == ["student broken seed 0"]
-    assert "a text tower that learns" in group["failures"]["student broken seed 0"]
-    assert {(d["of"], d["than"]) for d in group["differences"]} == {("tiny+wise_ft", "base"), ("tiny+wise_ft", "sft"), ("tiny+wise_ft", "sft+wise_ft"), ("sft+wise_ft", "base"), ("sft+wise_ft", "sft")}
-    report = (out / "results.md").read_text()
-    assert "Failed: student broken seed 0" in report
-    assert "| tiny+wise_ft |" in report
-
-
-def test_two_workers_give_what_one_gives(unbroken, tiny_base, pairs_folder, labelled_folder, tmp_path):
-    with_stages(unbroken, tmp_path, "regions", "features")
-    done = job("distill", *distill_args(tiny_base, pairs_folder, labelled_folder, tmp_path), "--workers", 2)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    wanted = json.loads((unbroken[0] / "table.json").read_text())["rows"][1]
-    got = json.loads((tmp_path / "table.json").read_text())["rows"][1]
-    for way in ("t2i", "i2t"):
-        assert got[way]["mrr"] == pytest.approx(wanted[way]["mrr"], abs=0.02)
 
 
 def test_extract_regions_with_yolo_previews_and_resumes(pairs_folder, tmp_path):
@@ -170,40 +51,6 @@ def test_extract_regions_with_yolo_previews_and_resumes(pairs_folder, tmp_path):
     again = job("extract_regions", *args)
     assert re.search(r"\d+ of 60 pictures are there already", again.stdout)
     assert json.loads(again.stdout.splitlines()[-1])["boxes"] == facts["boxes"]
-
-
-def test_ingest_job_and_cli_agree(student_folder, scenes_folder, tmp_path):
-    from dclip_qdrant.ingest import Embedder, ingest
-    from dclip_qdrant.stores import open_store
-    from dclip_qdrant.student import Student
-
-    (tmp_path / "src").mkdir()
-    for i in range(12):
-        (tmp_path / "src" / f"{i}.jpg").write_bytes((scenes_folder / "images" / f"train-{i:05d}.jpg").read_bytes())
-    (tmp_path / "src" / "bad.jpg").write_text("text")
-    args = (
-        tmp_path / "src",
-        "--student",
-        student_folder,
-        "--collection",
-        "c",
-        "--edge",
-        tmp_path / "job",
-        "--rejects",
-        tmp_path / "r.jsonl",
-    )
-    done = job("ingest", *args)
-    assert done.returncode == 3, done.stdout[-2000:] + done.stderr[-2000:]
-    assert '{"seen": 13, "embedded": 12, "unchanged": 0, "rejected": 1}' in done.stdout
-    assert "looks like text" in (tmp_path / "r.jsonl").read_text()
-    again = job("ingest", *args)
-    assert '{"seen": 13, "embedded": 0, "unchanged": 12, "rejected": 1}' in again.stdout
-    ours, theirs = open_store("c", edge=str(tmp_path / "cli")), open_store("c", edge=str(tmp_path / "job"))
-    ingest(str(tmp_path / "src"), Embedder(Student.load(student_folder)), ours)
-    snapshot = lambda s: {p.id: (p.payload, p.image.round(4).tolist(), p.regions.round(4).tolist()) for p in s.scroll(with_vectors=True)}
-    assert snapshot(ours) == snapshot(theirs)
-    ours.close()
-    theirs.close()
 
 
 @pytest.mark.parametrize(("name", "args", "code", "says"), [
@@ -309,3 +156,168 @@ def test_a_checkpoint_that_would_run_something_is_refused(tmp_path):
     (tmp_path / "text.pt").write_text("not a checkpoint")
     with pytest.raises(InputError, match="not a torch checkpoint"):
         _check_pickle(tmp_path / "text.pt")
+
+
+@pytest.fixture(scope="module")
+def on_head(tmp_path_factory):
+    """The environment of jobs that join a Ray head of these tests' own, which starts once for all of them.
+
+    What needs it stands below what starts a private cluster: Ray won't say which of two clusters on a machine is meant.
+    """
+    from ray_head import RayHead
+
+    with RayHead(tmp_path_factory.mktemp("head") / "log", {**ENV, "PYTHONPATH": str(ROOT)}) as head:
+        yield {**ENV, "RAY_ADDRESS": head.gcs}
+
+
+def distill_args(tiny_base, pairs_folder, labelled_folder, out):
+    # enough epochs to be caught in the middle of one, a checkpoint after every step
+    return ["--recipe", "tiny", "--base", tiny_base, "--pairs", pairs_folder, "--labelled", labelled_folder, "--out", out, "--no-compare", "--min-retention", "0",
+            "--set", "train.epochs=40", "--set", "train.batch_size=8", "--set", "train.checkpoint_s=0"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def unbroken(on_head, tiny_base, pairs_folder, labelled_folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("unbroken")
+    done = job("distill", *distill_args(tiny_base, pairs_folder, labelled_folder, out), env=on_head)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return out, done
+
+
+def with_stages(unbroken, out, *kinds):
+    """A folder in which these stages of the unbroken run are done already."""
+    for kind in kinds:
+        (folder,) = (unbroken[0] / "stages").glob(f"{kind}-????????????")
+        shutil.copytree(folder, out / "stages" / folder.name)
+    return out
+
+
+def test_distill_leaves_a_student_a_table_and_the_base(unbroken, student_folder):
+    from dclip_qdrant.student import Student
+
+    out, done = unbroken
+    table = json.loads((out / "table.json").read_text())
+    assert [r["name"] for r in table["rows"]] == ["base", "tiny"]
+    assert set(table["rows"][1]["t2i"]) == {"r@1", "r@5", "r@10", "mrr", "map"}
+    assert table["rows"][0]["n_images"] == 10
+    student, base = Student.load(out / "student"), Student.load(out / "base")
+    assert student.fingerprint != base.fingerprint
+    assert student.embed_texts(["a red star"]) == pytest.approx(base.embed_texts(["a red star"]), abs=1e-5)  # the text tower was frozen
+    assert f"student: {out}/student" in done.stdout
+    assert "| base |" in done.stdout
+
+
+def test_a_second_submission_reuses_everything(unbroken, on_head, tiny_base, pairs_folder, labelled_folder):
+    out, _ = unbroken
+    before = (out / "student" / "manifest.json").read_bytes()
+    done = job("distill", *distill_args(tiny_base, pairs_folder, labelled_folder, out), env=on_head)
+    assert done.returncode == 0
+    for stage in ("regions: reused", "features: reused", "teacher cache: reused", "student tiny seed 0: reused", "export: reused"):
+        assert stage in done.stdout
+    assert (out / "student" / "manifest.json").read_bytes() == before
+
+
+def test_killed_job_and_killed_worker_end_with_the_same_metrics(unbroken, on_head, tiny_base, pairs_folder, labelled_folder, tmp_path):
+    """SIGKILL the whole job in mid-epoch, submit again, SIGKILL the worker in mid-epoch, let it go on."""
+    with_stages(unbroken, tmp_path, "regions", "features", "teacher", "teacher-cache")
+    command = [sys.executable, "ray_jobs/distill.py", *map(str, distill_args(tiny_base, pairs_folder, labelled_folder, tmp_path))]
+    checkpoints = lambda: sorted(tmp_path.glob("stages/student-*/checkpoints/step-*.pt"), key=lambda p: int(p.stem[5:]))
+
+    def step():
+        found = checkpoints()
+        return int(found[-1].stem[5:]) if found else 0
+
+    with subprocess.Popen(command, cwd=ROOT, env=on_head, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        until = time.monotonic() + 300
+        while step() < 20:
+            assert time.monotonic() < until
+            assert process.poll() is None
+            time.sleep(0.02)
+        os.kill(process.pid, signal.SIGKILL)
+    time.sleep(5)  # the head notices and ends the workers
+    at_kill = step()
+    assert 20 <= at_kill < 200
+    said, killed = "", None
+    with subprocess.Popen(command, cwd=ROOT, env=on_head, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        for line in process.stdout:
+            said += line
+            found = re.search(r"RayTrainWorker pid=(\d+).*student tiny seed 0: resumed at", line)
+            if found and killed is None:
+                until = time.monotonic() + 100
+                while step() < min(at_kill + 20, 190) and time.monotonic() < until:
+                    time.sleep(0.02)
+                killed = int(found.group(1))
+                os.kill(killed, signal.SIGKILL)
+    assert process.returncode == 0, said[-3000:]
+    assert killed is not None, said[-3000:]
+    assert len(re.findall("resumed at epoch", said)) >= 2
+    wanted = json.loads((unbroken[0] / "table.json").read_text())["rows"]
+    got = json.loads((tmp_path / "table.json").read_text())["rows"]
+    for a, b in zip(wanted, got, strict=True):
+        for way in ("t2i", "i2t"):
+            assert b[way] == pytest.approx(a[way], abs=1e-3)
+
+
+def test_compare_reuses_what_is_there_and_one_failed_run_does_not_sink_the_rest(unbroken, on_head, tiny_base, pairs_folder, labelled_folder, tmp_path):
+    out = with_stages(unbroken, tmp_path / "out", "regions", "features", "teacher", "teacher-cache", "student", "base")
+    # a recipe that is well-formed and can't be trained: phrases, and a text tower that doesn't learn
+    (tmp_path / "broken.toml").write_text('name = "broken"\n[[objectives]]\nname = "cosine"\nof = "spans"\n[train]\nspan_share = 0.5\n')
+    settings = '["train.epochs=40", "train.batch_size=8", "train.checkpoint_s=0"]'
+    (tmp_path / "s.toml").write_text(f'name = "s"\nseeds = [0]\n[[groups]]\ntitle = "One"\nmain = "tiny"\nset = {settings}\nrecipes = ["sft", "{tmp_path}/broken.toml"]\n')
+    done = job("compare", "--suite", tmp_path / "s.toml", "--pairs", pairs_folder, "--base", tiny_base, "--labelled", labelled_folder, "--out", out, "--min-retention", 0, env=on_head)
+    assert done.returncode == 3, done.stdout[-3000:] + done.stderr[-3000:]
+    for what in ("student tiny seed 0: reused", "base: reused", "student sft seed 0: done", "student broken seed 0: failed"):
+        assert what in done.stdout
+    assert "submit again: what is done is reused" in done.stderr
+    (group,) = json.loads((out / "compare.json").read_text())["groups"]
+    assert [r["name"] for r in group["rows"]] == ["base", "tiny", "tiny+wise_ft", "sft", "sft+wise_ft"]
+    assert list(group["failures"]) == ["student broken seed 0"]
+    assert "a text tower that learns" in group["failures"]["student broken seed 0"]
+    assert {(d["of"], d["than"]) for d in group["differences"]} == {("tiny+wise_ft", "base"), ("tiny+wise_ft", "sft"), ("tiny+wise_ft", "sft+wise_ft"), ("sft+wise_ft", "base"), ("sft+wise_ft", "sft")}
+    report = (out / "results.md").read_text()
+    assert "Failed: student broken seed 0" in report
+    assert "| tiny+wise_ft |" in report
+
+
+def test_two_workers_give_what_one_gives(unbroken, on_head, tiny_base, pairs_folder, labelled_folder, tmp_path):
+    with_stages(unbroken, tmp_path, "regions", "features")
+    done = job("distill", *distill_args(tiny_base, pairs_folder, labelled_folder, tmp_path), "--workers", 2, env=on_head)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    wanted = json.loads((unbroken[0] / "table.json").read_text())["rows"][1]
+    got = json.loads((tmp_path / "table.json").read_text())["rows"][1]
+    for way in ("t2i", "i2t"):
+        assert got[way]["mrr"] == pytest.approx(wanted[way]["mrr"], abs=0.02)
+
+
+def test_ingest_job_and_cli_agree(on_head, student_folder, scenes_folder, tmp_path):
+    from dclip_qdrant.ingest import Embedder, ingest
+    from dclip_qdrant.stores import open_store
+    from dclip_qdrant.student import Student
+
+    (tmp_path / "src").mkdir()
+    for i in range(12):
+        (tmp_path / "src" / f"{i}.jpg").write_bytes((scenes_folder / "images" / f"train-{i:05d}.jpg").read_bytes())
+    (tmp_path / "src" / "bad.jpg").write_text("text")
+    args = (
+        tmp_path / "src",
+        "--student",
+        student_folder,
+        "--collection",
+        "c",
+        "--edge",
+        tmp_path / "job",
+        "--rejects",
+        tmp_path / "r.jsonl",
+    )
+    done = job("ingest", *args, env=on_head)
+    assert done.returncode == 3, done.stdout[-2000:] + done.stderr[-2000:]
+    assert '{"seen": 13, "embedded": 12, "unchanged": 0, "rejected": 1}' in done.stdout
+    assert "looks like text" in (tmp_path / "r.jsonl").read_text()
+    again = job("ingest", *args, env=on_head)
+    assert '{"seen": 13, "embedded": 0, "unchanged": 12, "rejected": 1}' in again.stdout
+    ours, theirs = open_store("c", edge=str(tmp_path / "cli")), open_store("c", edge=str(tmp_path / "job"))
+    ingest(str(tmp_path / "src"), Embedder(Student.load(student_folder)), ours)
+    snapshot = lambda s: {p.id: (p.payload, p.image.round(4).tolist(), p.regions.round(4).tolist()) for p in s.scroll(with_vectors=True)}
+    assert snapshot(ours) == snapshot(theirs)
+    ours.close()
+    theirs.close()

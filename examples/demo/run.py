@@ -9,11 +9,8 @@ import argparse
 import json
 import os
 import shutil
-import signal
-import socket
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -24,6 +21,7 @@ sys.path.insert(0, str(HERE))
 import questions
 import report
 import scenes
+from ray_head import RayHead
 
 OUT = ROOT / "demo"
 SIZES = {"train": 1000, "val": 300, "test": 600}
@@ -60,53 +58,6 @@ def render() -> None:
     (OUT / "data" / "catalogue.jsonl").write_text("".join(json.dumps(r) + "\n" for r in catalogue))
 
 
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for s in sockets:
-        s.bind(("127.0.0.1", 0))
-    ports = [s.getsockname()[1] for s in sockets]
-    for s in sockets:
-        s.close()
-    return ports
-
-
-class RayHead:
-    """A Ray head on loopback with its own ports, folder and process group; ends only what it started."""
-
-    def __enter__(self) -> "RayHead":
-        gcs, dashboard, agent, grpc, metrics, client = free_ports(6)
-        self.address = f"http://127.0.0.1:{dashboard}"
-        self.folder = tempfile.mkdtemp(prefix="dclip-ray-")
-        flags = {
-            "port": gcs, "dashboard-port": dashboard, "dashboard-agent-listen-port": agent, "dashboard-agent-grpc-port": grpc, "metrics-export-port": metrics,
-            "ray-client-server-port": client, "num-cpus": max(4, os.cpu_count() or 1), "object-store-memory": 1 << 30, "temp-dir": self.folder,
-            "node-ip-address": "127.0.0.1", "dashboard-host": "127.0.0.1", "include-dashboard": "true",
-        }  # fmt: skip
-        command = [str(BIN / "ray"), "start", "--head", "--block", "--disable-usage-stats", *(f"--{k}={v}" for k, v in flags.items())]
-        self.log = (OUT / "ray-head.log").open("w")
-        self.process = subprocess.Popen(command, env=ENV, stdout=self.log, stderr=subprocess.STDOUT, start_new_session=True)
-        for _ in range(120):
-            probe = [str(BIN / "ray"), "job", "submit", "--no-wait", "--address", self.address, "--", "true"]
-            if self.process.poll() is not None:
-                break
-            if subprocess.run(probe, env=ENV, capture_output=True).returncode == 0:
-                return self
-            time.sleep(1)
-        self.__exit__()
-        sys.exit(f"the Ray head did not start; see {OUT / 'ray-head.log'}")
-
-    def __exit__(self, *_: object) -> None:
-        for how in (signal.SIGTERM, signal.SIGKILL):
-            try:
-                os.killpg(self.process.pid, how)
-            except ProcessLookupError:
-                break
-            time.sleep(3)
-        self.process.wait()
-        self.log.close()
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-
 def long_form(head: RayHead, detector: Path) -> None:
     """Every recipe beside the others (demo/compare.md); ComKD-CLIP's and CLIP-TD's own tasks."""
     submit = (BIN / "ray", "job", "submit", "--address", head.address, "--working-dir", ".", "--", "python")
@@ -141,7 +92,7 @@ def main() -> None:
     step("Pairs")
     call(cli, "pairs", OUT / "data", "-o", OUT / "pairs", "--overwrite", "--quiet")
     step("The one job: regions, teacher, cache, students, export, table")
-    with RayHead() as head:
+    with RayHead(OUT / "ray-head.log", ENV) as head:
         call(BIN / "ray", "job", "submit", "--address", head.address, "--working-dir", ".", "--",
              "python", "ray_jobs/distill.py", "--recipe", "demo", "--base", HERE / "base", "--weights", detector, "--pairs", OUT / "pairs",
              "--labelled", OUT / "labelled", "--out", OUT, "--seeds", args.seeds, show=True, ok=(0, 3))  # fmt: skip

@@ -1,0 +1,63 @@
+"""A Ray head of one's own on loopback: own ports, own folder, own process group; it ends only what it started."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+BIN = Path(sys.executable).parent
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    for s in sockets:
+        s.bind(("127.0.0.1", 0))
+    ports = [s.getsockname()[1] for s in sockets]
+    for s in sockets:
+        s.close()
+    return ports
+
+
+class RayHead:
+    """`with RayHead(log, env) as head:` submit to `head.address`, or join it with RAY_ADDRESS=`head.gcs`. `env`: what the head and its workers run in."""
+
+    def __init__(self, log: Path, env: dict[str, str]) -> None:
+        self.path, self.env = log, env
+
+    def __enter__(self) -> "RayHead":
+        gcs, dashboard, agent, grpc, metrics, client = free_ports(6)
+        self.address, self.gcs = f"http://127.0.0.1:{dashboard}", f"127.0.0.1:{gcs}"
+        self.folder = tempfile.mkdtemp(prefix="dclip-ray-")
+        flags = {
+            "port": gcs, "dashboard-port": dashboard, "dashboard-agent-listen-port": agent, "dashboard-agent-grpc-port": grpc, "metrics-export-port": metrics,
+            "ray-client-server-port": client, "num-cpus": max(4, os.cpu_count() or 1), "object-store-memory": 1 << 30, "temp-dir": self.folder,
+            "node-ip-address": "127.0.0.1", "dashboard-host": "127.0.0.1", "include-dashboard": "true",
+        }  # fmt: skip
+        command = [str(BIN / "ray"), "start", "--head", "--block", "--disable-usage-stats", *(f"--{k}={v}" for k, v in flags.items())]
+        self.log = self.path.open("w")
+        self.process = subprocess.Popen(command, env=self.env, stdout=self.log, stderr=subprocess.STDOUT, start_new_session=True)
+        for _ in range(120):
+            probe = [str(BIN / "ray"), "job", "submit", "--no-wait", "--address", self.address, "--", "true"]
+            if self.process.poll() is not None:
+                break
+            if subprocess.run(probe, env=self.env, capture_output=True).returncode == 0:
+                return self
+            time.sleep(1)
+        self.__exit__()
+        sys.exit(f"the Ray head did not start; see {self.path}")
+
+    def __exit__(self, *_: object) -> None:
+        for how in (signal.SIGTERM, signal.SIGKILL):
+            try:
+                os.killpg(self.process.pid, how)
+            except ProcessLookupError:
+                break
+            time.sleep(3)
+        self.process.wait()
+        self.log.close()
+        shutil.rmtree(self.folder, ignore_errors=True)

@@ -180,14 +180,20 @@ def check(job: Job) -> None:
         raise UsageError("--seeds", ",".join(map(str, job.seeds)), "different numbers")
     from dclip_qdrant.detectors import build
     from dclip_qdrant.models import two_tower
+    from dclip_qdrant.training import hubness
     from dclip_qdrant.training.student_task import Weighted
 
     cut_student(job)
-    teacher_dim = two_tower.load(job.base).dim
-    dim = teacher_dim if job.student == job.base else two_tower.load(job.student).dim
+    base = two_tower.load(job.base)
+    student = base if job.student == job.base else two_tower.load(job.student)
+    dim, teacher_dim = student.dim, base.dim
     for recipe in (job.recipe, *(same_budget(r, job.recipe) for r in job.compare)):
         Weighted(recipe.objectives, dim, teacher_dim)
         Weighted(recipe.index.objectives, dim, dim)
+        if recipe.hubness.strength or recipe.index.objectives:
+            student.output_projections()
+        if recipe.hubness.strength:
+            hubness.room(dim, recipe.hubness)
         if wants_regions(recipe):
             build(recipe.regions.detector, recipe.regions.options)
     if job.labelled:
@@ -211,6 +217,8 @@ def student_run(job: Job, recipe: Recipe, seed: int, p: Prepared, facts: Facts) 
     from dclip_qdrant.training.runs import Run
 
     what = {k: v for k, v in recipe.as_dict().items() if k not in ("about", "when")}  # another wording is not another run
+    if not recipe.hubness.strength:
+        del what["hubness"]  # off is what there was before there was such a part
     inputs = asdict(facts) | {"recipe": what, "seed": seed, "features": p.features.path.name, "cache": p.cache.path.name if p.cache else None,
                               "min_retention": job.min_retention}  # fmt: skip
     if p.others:

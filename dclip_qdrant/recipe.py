@@ -139,6 +139,15 @@ class Keep(_Part):
     )
 
 
+class Hubness(_Part):
+    """Turns down hubs, the pictures and captions that are near to everything, after training and in the weights (training/hubness.py). The text tower's
+    vectors change by it, a frozen one's too."""
+
+    strength: Weight = Field(0.0, description="how much a hub's cosines shrink; 0 is off")
+    share: float = Field(0.0625, gt=0, lt=0.5, description="of the components, what each side gives to it")
+    pictures: Positive = Field(4096, description="training pictures that tell where the power lies, at most")
+
+
 class Index(_Part):
     """Makes a student fit for short and quantised vectors without changing what it says at full length: both towers are turned by one rotation,
     learned on the training vectors (training/rotation.py). Nothing is turned without objectives."""
@@ -160,6 +169,7 @@ class Recipe(_Part):
     objectives: tuple[Objective, ...] = Field(min_length=1)
     train: Train = Train()
     keep: Keep = Keep()
+    hubness: Hubness = Hubness()
     index: Index = Index()
 
     @model_validator(mode="after")

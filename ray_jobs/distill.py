@@ -17,7 +17,7 @@ from dclip_qdrant.recipe import Recipe
 @click.option("--pairs", required=True, help="Folder made by `dclip-qdrant pairs`.")
 @click.option("--base", required=True, help="The CLIP to start from: ViT-B-32/openai, hf-hub:ORG/NAME, or a local folder.")
 @click.option("--out", required=True, help="Where stages and the student go.")
-@click.option("--recipe", default="dclip", show_default=True, help="A recipe's name or a .toml file.")
+@click.option("--recipe", default="best", show_default=True, help="A recipe's name or a .toml file.")
 @click.option(
     "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change the recipe, e.g. --set train.epochs=4 --set student.text=full."
 )

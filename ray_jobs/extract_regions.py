@@ -18,7 +18,7 @@ from dclip_qdrant.recipe import Recipe
 @click.command(help=__doc__)
 @click.option("--pairs", required=True, help="Folder made by `dclip-qdrant pairs`.")
 @click.option("--out", required=True, help="Where the stage's folder goes.")
-@click.option("--recipe", default="dclip", show_default=True, help="Whose regions table is used.")
+@click.option("--recipe", default="best", show_default=True, help="Whose regions table is used.")
 @click.option("--detector", help="Short for --set regions.detector=...")
 @click.option("--weights", help="Short for --set regions.options.weights=...")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE")

@@ -16,7 +16,7 @@ from dclip_qdrant.recipe import Recipe
 @click.option("--pairs", required=True, help="Folder made by `dclip-qdrant pairs`.")
 @click.option("--base", required=True, help="The CLIP underneath: ViT-B-32/openai, hf-hub:ORG/NAME, or a local folder.")
 @click.option("--out", required=True, help="Where the stages' folders go; the same as distill's, so that it reuses them.")
-@click.option("--recipe", default="dclip", show_default=True)
+@click.option("--recipe", default="best", show_default=True)
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE")
 @click.option("--weights", help="Short for --set regions.options.weights=...")
 @click.option("--seed", default=0, show_default=True)

@@ -131,7 +131,7 @@ def test_regions_without_any_box_are_refused(tiny_base, cache):
 def test_which_recipes_need_the_cached_regions():
     from dclip_qdrant.training.student_task import reads_regions
 
-    assert {n for n in names() if reads_regions(Recipe.load(n))} == {"clip_td", "dclip", "dclip_index", "demo"}  # clip_td has no teacher and no crops: regions of patch features alone
+    assert {n for n in names() if reads_regions(Recipe.load(n))} == {"best", "clip_td", "dclip", "dclip_index", "demo"}  # clip_td has no teacher and no crops: regions of patch features alone
 
 
 def test_phases_must_sum_to_the_epochs():

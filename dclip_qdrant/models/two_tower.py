@@ -246,26 +246,37 @@ class TwoTower(nn.Module):
                 parametrize.remove_parametrizations(module, leaf, leave_parametrized=True)
 
     @torch.no_grad()
-    def rotate(self, rotation: Tensor) -> None:
-        """Turns both towers' embeddings by an orthogonal matrix [D, D], x -> x @ rotation, folded into the output projections: no similarity changes.
+    def map_outputs(self, image: Tensor, text: Tensor) -> None:
+        """Multiplies each tower's embeddings by a matrix [D, D], x -> x @ map, folded into the output projection. The same rotation for both changes no similarity.
 
         Raises:
             RecipeError: a tower that doesn't end in a projection.
         """
-        visual, text = self.model.visual, self._text
+        for found, how in zip(self.output_projections(), (image, text), strict=True):
+            if isinstance(found, nn.Linear):
+                found.weight.copy_(how.T @ found.weight.to(how))  # in the map's precision
+                if found.bias is not None:
+                    found.bias.copy_(found.bias.to(how) @ how)
+            else:
+                found.copy_(found.to(how) @ how)
+
+    def output_projections(self) -> list[nn.Linear | Tensor]:
+        """The last linear map of the image tower and of the text tower.
+
+        Raises:
+            RecipeError: a tower that doesn't end in a projection.
+        """
+        visual, words = self.model.visual, self._text
+        out = []
         for tower, places in (
             ("image", [(visual, "proj"), (getattr(visual, "head", None), None), (getattr(visual, "attnpool", None), "c_proj")]),
-            ("text", [(text, "text_projection"), (getattr(text, "proj", None), None), (text, "proj")]),
+            ("text", [(words, "text_projection"), (getattr(words, "proj", None), None), (words, "proj")]),
         ):
             found = next((p for p in (_last_projection(m, leaf, self.dim) for m, leaf in places) if p is not None), None)
             if found is None:
-                raise RecipeError("index.objectives", f"the {tower} tower of {self.name} doesn't end in a projection", "one that does")
-            if isinstance(found, nn.Linear):
-                found.weight.copy_(rotation.T @ found.weight.to(rotation))  # in the rotation's precision
-                if found.bias is not None:
-                    found.bias.copy_(found.bias.to(rotation) @ rotation)
-            else:
-                found.copy_(found.to(rotation) @ rotation)
+                raise RecipeError("index and hubness", f"the {tower} tower of {self.name} doesn't end in a projection", "one that does")
+            out.append(found)
+        return out
 
     def weights(self) -> dict[str, Tensor]:
         """The plain open_clip state dict as it stands, low-rank updates merged; copies, on the CPU."""

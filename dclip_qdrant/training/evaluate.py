@@ -43,30 +43,34 @@ class PictureSet:
 class EvalSet:
     """A split of pairs, ready to be evaluated again and again: what the towers' frozen parts say of it is computed once."""
 
-    def __init__(self, pairs: Pairs, split: str, features: Any | None, device: str = "cpu") -> None:
-        self.pictures = Pictures(pairs, split)
-        self.captions: list[list[str]] = pairs.table(["captions"], (split,))["captions"].to_pylist()
+    def __init__(self, pairs: Pairs, split: str, features: Any | None, device: str = "cpu", *, most: int | None = None) -> None:
+        """`most`: no more pictures than these, evenly spread over the split."""
+        pictures = Pictures(pairs, split)
+        rows = np.unique(np.linspace(0, len(pictures) - 1, min(most or len(pictures), len(pictures))).astype(int))
+        said = pairs.table(["captions"], (split,))["captions"].to_pylist()
+        self.captions: list[list[str]] = [said[i] for i in rows]
         self.owner = np.repeat(np.arange(len(self.captions)), [len(c) for c in self.captions])
         self.cache = (
-            load_cache(self.pictures.keys, [len(c) for c in self.captions], features, need=("texts",)) if features is not None else None
+            load_cache([pictures.keys[i] for i in rows], [len(c) for c in self.captions], features, need=("texts",)) if features is not None else None
         )
-        self.decoded = PictureSet(self.pictures.load, len(self.pictures))
+        self.decoded = PictureSet(lambda i: pictures.load(int(rows[i])), len(rows))
         self.device = device
 
-    def vectors(self, model: TwoTower, *, cached_text: bool) -> tuple[np.ndarray, np.ndarray]:
-        """image [N, D] and text [M, D], unit rows."""
+    def vectors(self, model: TwoTower, *, cached_text: bool, text_map: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """image [N, D] and text [M, D], unit rows. `cached_text`: the text tower is as it was when features were made, but for `text_map` [D, D] behind it."""
         if model.trunk_frozen and self.cache is not None and self.cache.trunk.shape[-1]:
             image = _batched(lambda x: model.head(x), self.cache.trunk[:, 0], self.device)
         else:
             image = encode_images(model, self.decoded, self.device)
         if cached_text and self.cache is not None:
             text = self.cache.texts.astype(np.float32)
+            text = text if text_map is None else text @ text_map
         else:
             text = encode_texts(model, [c for cs in self.captions for c in cs], self.device)
         return metrics.normalise(image), metrics.normalise(text)
 
-    def ranks(self, model: TwoTower, *, cached_text: bool = False) -> metrics.Ranks:
-        return metrics.ranks(*self.vectors(model, cached_text=cached_text), self.owner)
+    def ranks(self, model: TwoTower, *, cached_text: bool = False, text_map: np.ndarray | None = None) -> metrics.Ranks:
+        return metrics.ranks(*self.vectors(model, cached_text=cached_text, text_map=text_map), self.owner)
 
 
 class LabelledSet:

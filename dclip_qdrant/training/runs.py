@@ -19,7 +19,7 @@ from dclip_qdrant.models.region_teacher import RegionTeacher
 from dclip_qdrant.pairs import Pairs
 from dclip_qdrant.recipe import Recipe, Teacher
 from dclip_qdrant.stages import Stage
-from dclip_qdrant.training import rotation
+from dclip_qdrant.training import hubness, rotation
 from dclip_qdrant.training.checkpoint import Checkpoints
 from dclip_qdrant.training.distributed import Comm
 from dclip_qdrant.training.evaluate import EvalSet, LabelledSet
@@ -81,11 +81,21 @@ class Worker:
         {"base": self._base, "teacher": self._teacher, "student": self._student}[run.kind](run, say)
         self.comm.barrier()
 
-    def _set(self, run: Run, split: str) -> EvalSet:
-        key = (run.pairs, run.features, split)
+    def _set(self, run: Run, split: str, most: int | None = None) -> EvalSet:
+        key = (run.pairs, run.features, split, most)
         if key not in self._sets:
-            self._sets[key] = EvalSet(Pairs.open(run.pairs), split, UPath(run.features), self.device)
+            self._sets[key] = EvalSet(Pairs.open(run.pairs), split, UPath(run.features), self.device, most=most)
         return self._sets[key]
+
+    def _place(self, run: Run, model: two_tower.TwoTower, weights: dict[str, torch.Tensor], *, cached_text: bool) -> np.ndarray | None:
+        """Loads weights and turns their hubs down, if the recipe says so; the text side's map, which cached text vectors lack."""
+        model.load_weights(weights)
+        cfg = Recipe(**run.recipe).hubness
+        if not cfg.strength:
+            return None
+        image_map, text_map = hubness.maps(*self._set(run, "train", cfg.pictures).vectors(model, cached_text=cached_text), cfg)
+        model.map_outputs(image_map.to(self.device), text_map.to(self.device))
+        return text_map.float().numpy()
 
     def _labelled(self, run: Run) -> LabelledSet | None:
         if run.labelled and ("labelled", run.labelled) not in self._sets:
@@ -215,10 +225,10 @@ class Worker:
         base_accuracy = self._base_accuracy(run, model, start) if labelled else None
         sweep = []
         for alpha in recipe.keep.wise_ft:
-            model.load_weights(interpolate_to(start, end, alpha))
+            text_map = self._place(run, model, interpolate_to(start, end, alpha), cached_text=frozen_text)
             point: dict[str, Any] = {"alpha": alpha}
             if val is not None:
-                figures = metrics.retrieval(val.ranks(model, cached_text=frozen_text), bootstrap=0)
+                figures = metrics.retrieval(val.ranks(model, cached_text=frozen_text, text_map=text_map), bootstrap=0)
                 # R@1 alone is one picture in a hundred of noise on small splits: R@1, 5 and 10 of both directions choose together
                 point["val"] = float(np.mean([figures[w][f"r@{k}"] for w in ("t2i", "i2t") for k in metrics.KS]))
                 point["val_mean_r@1"] = figures["mean_r@1"]
@@ -234,8 +244,8 @@ class Worker:
             if name == "test_at_1" and best["alpha"] == 1.0:
                 figures[name], figures["retention_at_1"] = figures["test"], figures.get("retention")
                 continue
-            model.load_weights(interpolate_to(start, end, alpha))
-            r = test.ranks(model, cached_text=frozen_text)
+            text_map = self._place(run, model, interpolate_to(start, end, alpha), cached_text=frozen_text)
+            r = test.ranks(model, cached_text=frozen_text, text_map=text_map)
             figures[name] = metrics.retrieval(r)
             suffix = "" if name == "test" else "_at_1"
             if labelled:
@@ -243,17 +253,14 @@ class Worker:
                 figures["zero_shot" + suffix] = labelled.accuracy(model) if known is None else known
                 figures["retention" + suffix] = figures["zero_shot" + suffix] / max(base_accuracy, 1e-9)
             _save_ranks(run.stage.path, name, r)
-        weights = interpolate_to(start, end, best["alpha"])
+        text_map = self._place(run, model, interpolate_to(start, end, best["alpha"]), cached_text=frozen_text)
         if recipe.index.objectives:
-            model.load_weights(weights)
             train = self._set(run, "train")
-            turn, figures["rotation"] = rotation.learn(
-                *train.vectors(model, cached_text=frozen_text), train.owner, recipe.index, seed=run.seed
-            )
-            model.rotate(turn.to(self.device))
-            weights = model.weights()
+            vectors = train.vectors(model, cached_text=frozen_text, text_map=text_map)
+            turn, figures["rotation"] = rotation.learn(*vectors, train.owner, recipe.index, seed=run.seed)
+            model.map_outputs(turn.to(self.device), turn.to(self.device))
             say("rotated for the index, loss {loss_before:.4f} -> {loss_after:.4f}".format(**figures["rotation"]))
-        _save_tensors(run.stage.path / "weights.safetensors", weights)
+        _save_tensors(run.stage.path / "weights.safetensors", model.weights())
         run.stage.finish(metrics=figures, recipe=run.recipe)
         checkpoints.clear()
         say(f"alpha {best['alpha']} " + _line(figures["test"], figures.get("zero_shot")))

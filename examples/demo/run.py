@@ -62,18 +62,18 @@ def long_form(head: RayHead, detector: Path) -> None:
     """Every recipe beside the others (demo/compare.md); ComKD-CLIP's and CLIP-TD's own tasks."""
     submit = (BIN / "ray", "job", "submit", "--address", head.address, "--working-dir", ".", "--", "python")
     step("Every recipe at the same budget")
-    call(*submit, "ray_jobs/compare.py", "--suite", "demo", "--base", HERE / "base", "--weights", detector, "--pairs", OUT / "pairs", "--labelled", OUT / "labelled", "--out", OUT,
+    call(*submit, "ray_jobs/compare.py", "--suite", "demo", "--parallel", "2", "--base", HERE / "base", "--weights", detector, "--pairs", OUT / "pairs", "--labelled", OUT / "labelled", "--out", OUT,
          "--report", OUT / "compare.md", show=True, ok=(0, 3))  # fmt: skip
     step("ComKD-CLIP's own task: half of the shapes labelled, the others new")
     call(*submit, "ray_jobs/adapt.py", "--labelled", OUT / "labelled", "--teacher", HERE / "base", "--student", HERE / "base", "--out", OUT / "adapted", "--set", "depth=4", show=True)
-    step("CLIP-TD's own task: questions and statements about scenes, few and many")
+    step("CLIP-TD's own task: 200 questions and statements about scenes")
     for subset, count, start in (("train", 2000, 3_000_000), ("test", 500, 4_000_000)):
         if not (OUT / "questions" / f"snli_ve_{subset}.jsonl").exists():
             questions.write(OUT / "questions", count, start=start, subset=subset)
     files = lambda subset: ",".join(str(OUT / "questions" / f"v2_{kind}_{subset}_{what}.json") for kind, what in (("OpenEnded_mscoco", "questions"), ("mscoco", "annotations")))
     for task, train, test in (("vqa", files("train"), files("test")), ("snli_ve", *(OUT / "questions" / f"snli_ve_{s}.jsonl" for s in ("train", "test")))):
         call(*submit, "ray_jobs/clip_td.py", "--task", task, "--train", train, "--test", test, "--images", OUT / "questions" / "images", "--teacher", HERE / "base", "--detector", "yolo",
-             "--weights", detector, "--out", OUT / f"clip_td-{task}", "--part", "0.1", "--part", "1.0", "--seeds", "0,1,2", show=True)  # fmt: skip
+             "--weights", detector, "--out", OUT / f"clip_td-{task}", "--part", "0.1", "--seeds", "0,1,2", show=True)  # fmt: skip
 
 
 def main() -> None:

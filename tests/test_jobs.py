@@ -262,21 +262,43 @@ def test_compare_reuses_what_is_there_and_one_failed_run_does_not_sink_the_rest(
     out = with_stages(unbroken, tmp_path / "out", "regions", "features", "teacher", "teacher-cache", "student", "base")
     # a recipe that is well-formed and can't be trained: phrases, and a text tower that doesn't learn
     (tmp_path / "broken.toml").write_text('name = "broken"\n[[objectives]]\nname = "cosine"\nof = "spans"\n[train]\nspan_share = 0.5\n')
+    (tmp_path / "hubs.toml").write_text((ROOT / "dclip_qdrant/recipes/sft.toml").read_text().replace('"sft"', '"hubs"', 1) + "\n[hubness]\nstrength = 20.0\n")
     settings = '["train.epochs=40", "train.batch_size=8", "train.checkpoint_s=0"]'
-    (tmp_path / "s.toml").write_text(f'name = "s"\nseeds = [0]\n[[groups]]\ntitle = "One"\nmain = "tiny"\nset = {settings}\nrecipes = ["sft", "{tmp_path}/broken.toml"]\n')
+    (tmp_path / "s.toml").write_text(f'name = "s"\nseeds = [0]\n[[groups]]\ntitle = "One"\nmain = "tiny"\nset = {settings}\nrecipes = ["sft", "{tmp_path}/broken.toml", "{tmp_path}/hubs.toml"]\n')
     done = job("compare", "--suite", tmp_path / "s.toml", "--pairs", pairs_folder, "--base", tiny_base, "--labelled", labelled_folder, "--out", out, "--min-retention", 0, env=on_head)
     assert done.returncode == 3, done.stdout[-3000:] + done.stderr[-3000:]
     for what in ("student tiny seed 0: reused", "base: reused", "student sft seed 0: done", "student broken seed 0: failed"):
         assert what in done.stdout
     assert "submit again: what is done is reused" in done.stderr
     (group,) = json.loads((out / "compare.json").read_text())["groups"]
-    assert [r["name"] for r in group["rows"]] == ["base", "tiny", "tiny+wise_ft", "sft", "sft+wise_ft"]
+    assert [r["name"] for r in group["rows"]] == ["base", "tiny", "tiny+wise_ft", "sft", "sft+wise_ft", "hubs", "hubs+wise_ft"]
     assert list(group["failures"]) == ["student broken seed 0"]
     assert "a text tower that learns" in group["failures"]["student broken seed 0"]
-    assert {(d["of"], d["than"]) for d in group["differences"]} == {("tiny+wise_ft", "base"), ("tiny+wise_ft", "sft"), ("tiny+wise_ft", "sft+wise_ft"), ("sft+wise_ft", "base"), ("sft+wise_ft", "sft")}
+    assert {(d["of"], d["than"]) for d in group["differences"]} == {("tiny+wise_ft", "base"), ("tiny+wise_ft", "sft"), ("tiny+wise_ft", "sft+wise_ft"), ("sft+wise_ft", "base"), ("sft+wise_ft", "sft"),
+                                                                      ("hubs+wise_ft", "base"), ("hubs+wise_ft", "sft"), ("hubs+wise_ft", "sft+wise_ft")}  # fmt: skip
     report = (out / "results.md").read_text()
     assert "Failed: student broken seed 0" in report
     assert "| tiny+wise_ft |" in report
+    weights_say_what_the_run_said(out, "hubs", tiny_base, pairs_folder)
+
+
+def weights_say_what_the_run_said(out, name, tiny_base, pairs_folder):
+    """The run measured a frozen text tower by cached vectors and a map; its weights, from the beginning, must give the same figures."""
+    from safetensors.torch import load_file
+
+    from dclip_qdrant import metrics
+    from dclip_qdrant.models import two_tower
+    from dclip_qdrant.pairs import Pairs
+    from dclip_qdrant.training.evaluate import EvalSet
+
+    (stage,) = (p.parent for p in out.glob("stages/student-*/manifest.json") if json.loads(p.read_text())["metrics"]["name"] == name)
+    model, test = two_tower.load(str(tiny_base)), EvalSet(Pairs.open(str(pairs_folder)), "test", None)
+    base_text = test.vectors(model, cached_text=False)[1]
+    model.load_weights(load_file(stage / "weights.safetensors"))
+    assert abs(test.vectors(model, cached_text=False)[1] - base_text).max() > 0.01  # hubness turns text vectors too
+    got, said = metrics.retrieval(test.ranks(model), bootstrap=0), json.loads((stage / "manifest.json").read_text())["metrics"]["test"]
+    for way in ("t2i", "i2t"):
+        assert got[way] == pytest.approx(said[way], abs=1e-6)
 
 
 def test_two_workers_give_what_one_gives(unbroken, on_head, tiny_base, pairs_folder, labelled_folder, tmp_path):

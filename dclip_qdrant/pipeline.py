@@ -190,10 +190,10 @@ def check(job: Job) -> None:
     for recipe in (job.recipe, *(same_budget(r, job.recipe) for r in job.compare)):
         Weighted(recipe.objectives, dim, teacher_dim)
         Weighted(recipe.index.objectives, dim, dim)
-        if recipe.hubness.strength or recipe.index.objectives:
+        if recipe.hubness.on or recipe.index.objectives:
             student.output_projections()
-        if recipe.hubness.strength:
-            hubness.room(dim, recipe.hubness)
+        if recipe.hubness.on:
+            hubness.room(dim, recipe.hubness.share)
         if wants_regions(recipe):
             build(recipe.regions.detector, recipe.regions.options)
     if job.labelled:
@@ -217,7 +217,7 @@ def student_run(job: Job, recipe: Recipe, seed: int, p: Prepared, facts: Facts) 
     from dclip_qdrant.training.runs import Run
 
     what = {k: v for k, v in recipe.as_dict().items() if k not in ("about", "when")}  # another wording is not another run
-    if not recipe.hubness.strength:
+    if not recipe.hubness.on:
         del what["hubness"]  # off is what there was before there was such a part
     inputs = asdict(facts) | {"recipe": what, "seed": seed, "features": p.features.path.name, "cache": p.cache.path.name if p.cache else None,
                               "min_retention": job.min_retention}  # fmt: skip

@@ -143,9 +143,13 @@ class Hubness(_Part):
     """Turns down hubs, the pictures and captions that are near to everything, after training and in the weights (training/hubness.py). The text tower's
     vectors change by it, a frozen one's too."""
 
-    strength: Weight = Field(0.0, description="how much a hub's cosines shrink; 0 is off")
+    strengths: tuple[Weight, ...] = Field((0.0,), min_length=1, description="how much a hub's cosines shrink; tried on validation with every alpha of keep.wise_ft, 0 is off")
     share: float = Field(0.0625, gt=0, lt=0.5, description="of the components, what each side gives to it")
     pictures: Positive = Field(4096, description="training pictures that tell where the power lies, at most")
+
+    @property
+    def on(self) -> bool:
+        return any(self.strengths)
 
 
 class Index(_Part):

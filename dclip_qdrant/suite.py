@@ -176,8 +176,9 @@ def _differences(rival: str, recipes: list[Recipe], done: dict[str, list[Any]], 
 
 
 def _frontier(runs: list[Any]) -> list[dict[str, float]]:
-    """What WiSE-FT's alphas trade on validation, means over seeds."""
-    sweeps = [r.stage.manifest()["metrics"]["sweep"] for r in runs]
+    """What WiSE-FT's alphas trade on validation, means over seeds; with the first seed's choice of a strength against hubs."""
+    found = [r.stage.manifest()["metrics"] for r in runs]
+    sweeps = [[p for p in m["sweep"] if p.get("hubness") == found[0].get("hubness")] for m in found]
     mean = lambda points, key: sum(p[key] for p in points) / len(points)
     return [
         {"alpha": points[0]["alpha"]} | {k: mean(points, k) for k in ("val_mean_r@1", "val", "retention") if all(k in p for p in points)}

@@ -7,7 +7,6 @@ import torch
 from dclip_qdrant.errors import RecipeError
 from dclip_qdrant.metrics import mean_r1, normalise, ranks
 from dclip_qdrant.models import two_tower
-from dclip_qdrant.recipe import Hubness
 from dclip_qdrant.training import hubness
 
 
@@ -17,8 +16,7 @@ def unit(rng, n, d):
 
 def test_the_cosine_is_the_equations(rng):
     image, text = unit(rng, 40, 8), unit(rng, 60, 8)
-    cfg = Hubness(strength=5.0, share=0.25)
-    a, b = (m.numpy() for m in hubness.maps(image, text, cfg))
+    a, b = (m.numpy() for m in hubness.maps(image, text, 0.25, 5.0))
     assert a.shape == b.shape == (8, 8)
     got = normalise(image @ a) @ normalise(text @ b).T
     moment = lambda x: sum(np.outer(v, v) for v in x) / len(x)
@@ -36,7 +34,7 @@ def test_the_cosine_is_the_equations(rng):
 def test_by_hand():
     """All captions along x, all pictures along y: k = 1. A picture halfway between is as long as sqrt(1 + 8 x 1/2)."""
     image, text = np.tile([0.0, 1.0, 0, 0], (5, 1)), np.tile([1.0, 0.0, 0, 0], (5, 1))
-    a, b = (m.numpy() for m in hubness.maps(image, text, Hubness(strength=8.0, share=0.25)))
+    a, b = (m.numpy() for m in hubness.maps(image, text, 0.25, 8.0))
     half = np.array([1.0, 1.0, 0, 0]) / np.sqrt(2)
     assert np.linalg.norm(half @ a) ** 2 == pytest.approx(1 + 8 * 0.5)
     assert np.linalg.norm(half @ b) ** 2 == pytest.approx(1 + 8 * 0.5)
@@ -51,7 +49,7 @@ def test_a_hub_no_longer_stands_before_the_right_answer(rng):
     text = normalise(things + 0.6 * rng.normal(size=things.shape) + common * rng.normal(1, 0.3, size=(200, 1)))
     image = normalise(things + 0.6 * rng.normal(size=things.shape) + common * (np.arange(200) % 10 == 0)[:, None])
     before = (text @ image.T).argmax(1)
-    a, b = (m.numpy() for m in hubness.maps(image[100:], text[100:], Hubness(strength=20.0)))
+    a, b = (m.numpy() for m in hubness.maps(image[100:], text[100:], 1 / 16, 20.0))
     i, t = normalise(image @ a), normalise(text @ b)
     after = (t @ i.T).argmax(1)
     hub = lambda found: np.mean(found[:100] % 10 == 0)  # of the captions that the maps have not seen
@@ -65,7 +63,7 @@ def test_inside_towers_it_is_the_same(tiny_base, rng):
     model = two_tower.load(str(tiny_base))
     pixels = torch.from_numpy(rng.normal(size=(4, 3, 32, 32)).astype(np.float32))
     ids = model.tokens(["a red star", "two houses", "a ring", "blue"])
-    a, b = hubness.maps(unit(rng, 50, model.dim), unit(rng, 50, model.dim), Hubness(strength=20.0))
+    a, b = hubness.maps(unit(rng, 50, model.dim), unit(rng, 50, model.dim), 1 / 16, 20.0)
     with torch.no_grad():
         image, text = model.encode_image(pixels), model.encode_text(ids)
         model.map_outputs(a, b)
@@ -75,4 +73,4 @@ def test_inside_towers_it_is_the_same(tiny_base, rng):
 
 def test_there_must_be_room(rng):
     with pytest.raises(RecipeError, match="hubness.share"):
-        hubness.maps(unit(rng, 9, 4), unit(rng, 9, 4), Hubness(strength=1.0, share=0.49))
+        hubness.maps(unit(rng, 9, 4), unit(rng, 9, 4), 0.49, 1.0)

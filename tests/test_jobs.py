@@ -262,7 +262,7 @@ def test_compare_reuses_what_is_there_and_one_failed_run_does_not_sink_the_rest(
     out = with_stages(unbroken, tmp_path / "out", "regions", "features", "teacher", "teacher-cache", "student", "base")
     # a recipe that is well-formed and can't be trained: phrases, and a text tower that doesn't learn
     (tmp_path / "broken.toml").write_text('name = "broken"\n[[objectives]]\nname = "cosine"\nof = "spans"\n[train]\nspan_share = 0.5\n')
-    (tmp_path / "hubs.toml").write_text((ROOT / "dclip_qdrant/recipes/sft.toml").read_text().replace('"sft"', '"hubs"', 1) + "\n[hubness]\nstrength = 20.0\n")
+    (tmp_path / "hubs.toml").write_text((ROOT / "dclip_qdrant/recipes/sft.toml").read_text().replace('"sft"', '"hubs"', 1) + "\n[hubness]\nstrengths = [20.0]\n")
     settings = '["train.epochs=40", "train.batch_size=8", "train.checkpoint_s=0"]'
     (tmp_path / "s.toml").write_text(f'name = "s"\nseeds = [0]\n[[groups]]\ntitle = "One"\nmain = "tiny"\nset = {settings}\nrecipes = ["sft", "{tmp_path}/broken.toml", "{tmp_path}/hubs.toml"]\n')
     done = job("compare", "--suite", tmp_path / "s.toml", "--pairs", pairs_folder, "--base", tiny_base, "--labelled", labelled_folder, "--out", out, "--min-retention", 0, env=on_head)

@@ -9,7 +9,7 @@ along the pictures', and each tower has zeros where the other's are. They add no
     cos'(i, t) = i P t / (sqrt(|P i|^2 + b sum_j e_j (u_j i)^2) sqrt(|P t|^2 + b sum_j f_j (v_j t)^2))
 
 e, u: the k largest eigenvalues and -vectors of mean(t t'); f, v: of mean(i i'). P leaves out the 2k directions of least power of both sides, which makes
-room: the width stays what it was. Both maps are linear and are folded into the output projections; b = 0 would leave the cosines but for P.
+room: the width stays what it was. Both maps are linear and are folded into the output projections. b is the strength.
 """
 
 import numpy as np
@@ -17,10 +17,9 @@ import torch
 from torch import Tensor
 
 from dclip_qdrant.errors import RecipeError
-from dclip_qdrant.recipe import Hubness
 
 
-def maps(image: np.ndarray, text: np.ndarray, cfg: Hubness) -> tuple[Tensor, Tensor]:
+def maps(image: np.ndarray, text: np.ndarray, share: float, strength: float) -> tuple[Tensor, Tensor]:
     """image [N, D], text [M, D] unit rows of pictures and captions like those to come -> what to multiply image and text embeddings by, [D, D] each, float64.
 
     Raises:
@@ -28,22 +27,22 @@ def maps(image: np.ndarray, text: np.ndarray, cfg: Hubness) -> tuple[Tensor, Ten
     """
     i, t = torch.from_numpy(image).double(), torch.from_numpy(text).double()
     dim = i.shape[1]
-    k = room(dim, cfg)
+    k = room(dim, share)
     images, texts = i.T @ i / len(i), t.T @ t / len(t)
     keep = torch.linalg.eigh(images + texts)[1][:, 2 * k :]
     none = torch.zeros(dim, k, dtype=torch.float64)
-    return torch.cat([keep, _strongest(texts, k, cfg.strength), none], 1), torch.cat([keep, none, _strongest(images, k, cfg.strength)], 1)
+    return torch.cat([keep, _strongest(texts, k, strength), none], 1), torch.cat([keep, none, _strongest(images, k, strength)], 1)
 
 
-def room(dim: int, cfg: Hubness) -> int:
+def room(dim: int, share: float) -> int:
     """How many components of `dim` each side gives.
 
     Raises:
         RecipeError: all of them.
     """
-    k = max(1, round(cfg.share * dim))
+    k = max(1, round(share * dim))
     if 2 * k >= dim:
-        raise RecipeError("hubness.share", f"{cfg.share:g}: {k} of {dim} components on each side", "less than half of them")
+        raise RecipeError("hubness.share", f"{share:g}: {k} of {dim} components on each side", "less than half of them")
     return k
 
 

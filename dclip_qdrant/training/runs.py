@@ -1,6 +1,7 @@
 """Runs: a base model's figures, a teacher, a student. Each takes a `Run`, writes its stage folder and can be killed at any moment."""
 
 import io
+import itertools
 import json
 import time
 from collections.abc import Callable
@@ -87,13 +88,13 @@ class Worker:
             self._sets[key] = EvalSet(Pairs.open(run.pairs), split, UPath(run.features), self.device, most=most)
         return self._sets[key]
 
-    def _place(self, run: Run, model: two_tower.TwoTower, weights: dict[str, torch.Tensor], *, cached_text: bool) -> np.ndarray | None:
-        """Loads weights and turns their hubs down, if the recipe says so; the text side's map, which cached text vectors lack."""
+    def _place(self, run: Run, model: two_tower.TwoTower, weights: dict[str, torch.Tensor], strength: float, *, cached_text: bool) -> np.ndarray | None:
+        """Loads weights and turns their hubs down; the text side's map, which cached text vectors lack."""
         model.load_weights(weights)
-        cfg = Recipe(**run.recipe).hubness
-        if not cfg.strength:
+        if not strength:
             return None
-        image_map, text_map = hubness.maps(*self._set(run, "train", cfg.pictures).vectors(model, cached_text=cached_text), cfg)
+        cfg = Recipe(**run.recipe).hubness
+        image_map, text_map = hubness.maps(*self._set(run, "train", cfg.pictures).vectors(model, cached_text=cached_text), cfg.share, strength)
         model.map_outputs(image_map.to(self.device), text_map.to(self.device))
         return text_map.float().numpy()
 
@@ -224,9 +225,9 @@ class Worker:
         labelled = self._labelled(run)
         base_accuracy = self._base_accuracy(run, model, start) if labelled else None
         sweep = []
-        for alpha in recipe.keep.wise_ft:
-            text_map = self._place(run, model, interpolate_to(start, end, alpha), cached_text=frozen_text)
-            point: dict[str, Any] = {"alpha": alpha}
+        for alpha, strength in itertools.product(recipe.keep.wise_ft, recipe.hubness.strengths):
+            text_map = self._place(run, model, interpolate_to(start, end, alpha), strength, cached_text=frozen_text)
+            point: dict[str, Any] = {"alpha": alpha, "hubness": strength}
             if val is not None:
                 figures = metrics.retrieval(val.ranks(model, cached_text=frozen_text, text_map=text_map), bootstrap=0)
                 # R@1 alone is one picture in a hundred of noise on small splits: R@1, 5 and 10 of both directions choose together
@@ -237,23 +238,23 @@ class Worker:
                 point["retention"] = point["zero_shot"] / max(base_accuracy, 1e-9)
             sweep.append(point)
         best = choose_alpha(sweep, run.min_retention)
-        figures = {"name": recipe.name, "seed": run.seed, "alpha": best["alpha"], "sweep": sweep, "history": history, "seconds": round(seconds, 1),
+        figures = {"name": recipe.name, "seed": run.seed, "alpha": best["alpha"], "hubness": best["hubness"], "sweep": sweep, "history": history, "seconds": round(seconds, 1),
                    "trained_parameters": learning}  # fmt: skip
         test = self._set(run, run.split)
         for name, alpha in (("test", best["alpha"]), ("test_at_1", 1.0)):
             if name == "test_at_1" and best["alpha"] == 1.0:
                 figures[name], figures["retention_at_1"] = figures["test"], figures.get("retention")
                 continue
-            text_map = self._place(run, model, interpolate_to(start, end, alpha), cached_text=frozen_text)
+            text_map = self._place(run, model, interpolate_to(start, end, alpha), best["hubness"], cached_text=frozen_text)
             r = test.ranks(model, cached_text=frozen_text, text_map=text_map)
             figures[name] = metrics.retrieval(r)
             suffix = "" if name == "test" else "_at_1"
             if labelled:
-                known = next((p["zero_shot"] for p in sweep if p["alpha"] == alpha), None)
+                known = next((p["zero_shot"] for p in sweep if p["alpha"] == alpha and p["hubness"] == best["hubness"]), None)
                 figures["zero_shot" + suffix] = labelled.accuracy(model) if known is None else known
                 figures["retention" + suffix] = figures["zero_shot" + suffix] / max(base_accuracy, 1e-9)
             _save_ranks(run.stage.path, name, r)
-        text_map = self._place(run, model, interpolate_to(start, end, best["alpha"]), cached_text=frozen_text)
+        text_map = self._place(run, model, interpolate_to(start, end, best["alpha"]), best["hubness"], cached_text=frozen_text)
         if recipe.index.objectives:
             train = self._set(run, "train")
             vectors = train.vectors(model, cached_text=frozen_text, text_map=text_map)
@@ -263,7 +264,7 @@ class Worker:
         _save_tensors(run.stage.path / "weights.safetensors", model.weights())
         run.stage.finish(metrics=figures, recipe=run.recipe)
         checkpoints.clear()
-        say(f"alpha {best['alpha']} " + _line(figures["test"], figures.get("zero_shot")))
+        say(f"alpha {best['alpha']} " + (f"hubness {best['hubness']:g} " if recipe.hubness.on else "") + _line(figures["test"], figures.get("zero_shot")))
 
 
 def interpolate_to(start: dict, end: dict, alpha: float) -> dict:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
+from ray_head import free_ports
 from torch import nn
 from upath import UPath
 
@@ -91,18 +92,10 @@ def _worker(rank, world, chunk, port, out):
     torch.distributed.destroy_process_group()
 
 
-def _port():
-    import socket
-
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("chunk", [100, 5])
 def test_two_gloo_workers_give_the_single_process_loss_gradient_and_weights(chunk, tmp_path):
-    mp.spawn(_worker, (2, chunk, _port(), str(tmp_path)), nprocs=2)
+    mp.spawn(_worker, (2, chunk, *free_ports(1), str(tmp_path)), nprocs=2)
     # rank-strided parts gathered rank by rank: the loss doesn't care for the order of the batch
     expected, wanted = whole_batch(np.concatenate([np.arange(N)[0::2], np.arange(N)[1::2]]))
     for rank in range(2):

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
+from ray_head import free_ports
 from torch import nn
 
 from dclip_qdrant.encoded import Encoded
@@ -18,13 +19,11 @@ SMALL = {"matryoshka": {"dims": (2, 4)}}  # defaults are for real widths
 N, C, D, TEACHER = 12, 2, 6, 5  # pictures, captions a picture, the student's width, the teacher's
 # what an objective compares component by component, so that widths must agree
 SAME_WIDTH = {"targeted_tokens", "random_alignment"}
-KINDS = {"regions": (N, 1), "rois": (N, 3), "words": (N * C, 4), "spans": (N, 1)}
+KINDS = ("regions", "rois", "words", "spans")  # beside image and text
 
 
 class Everything:
     """One linear layer for each kind of vector that an objective may read; the batch's order is (picture, caption)."""
-
-    size = N
 
     def __init__(self, name):
         torch.manual_seed(0)
@@ -35,12 +34,9 @@ class Everything:
         draw = lambda *shape: torch.randn(*shape, generator=g)
         shapes = {"image": (N,), "text": (N, C), "regions": (N,), "rois": (N, 3), "words": (N, C, 4), "spans": (N,)}
         self.x = {k: draw(*s, D) for k, s in shapes.items()}
-        self.t = {k: draw(*s, D if k in ("regions", "rois", "words", "spans") else self.teacher) for k, s in shapes.items()}
+        self.t = {k: draw(*s, D if k in KINDS else self.teacher) for k, s in shapes.items()}
         self.t["noise"] = draw(N, C, D)
         self.masks = {"roi_mask": torch.arange(N * 3).reshape(N, 3) % 3 < 2, "word_mask": torch.arange(N * C * 4).reshape(N, C, 4) % 5 < 4}
-
-    def batch(self, index, epoch):
-        return index
 
     def part(self, batch, start, stop):
         return batch[start:stop]
@@ -86,11 +82,7 @@ def _worker(rank, port, out):
 
 @pytest.fixture(scope="module")
 def two_workers(tmp_path_factory):
-    import socket
-
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+    (port,) = free_ports(1)
     out = tmp_path_factory.mktemp("gloo")
     mp.spawn(_worker, (port, str(out)), nprocs=2)
     return [torch.load(out / f"{rank}.pt") for rank in range(2)]

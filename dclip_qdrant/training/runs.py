@@ -241,20 +241,18 @@ class Worker:
         figures = {"name": recipe.name, "seed": run.seed, "alpha": best["alpha"], "hubness": best["hubness"], "sweep": sweep, "history": history, "seconds": round(seconds, 1),
                    "trained_parameters": learning}  # fmt: skip
         test = self._set(run, run.split)
-        for name, alpha in (("test", best["alpha"]), ("test_at_1", 1.0)):
-            if name == "test_at_1" and best["alpha"] == 1.0:
-                figures[name], figures["retention_at_1"] = figures["test"], figures.get("retention")
-                continue
+        # the chosen alpha comes last: its weights are then those that are written
+        for suffix, alpha in (("_at_1", 1.0), ("", best["alpha"]))[best["alpha"] == 1.0 :]:
             text_map = self._place(run, model, interpolate_to(start, end, alpha), best["hubness"], cached_text=frozen_text)
             r = test.ranks(model, cached_text=frozen_text, text_map=text_map)
-            figures[name] = metrics.retrieval(r)
-            suffix = "" if name == "test" else "_at_1"
+            figures["test" + suffix] = metrics.retrieval(r)
             if labelled:
                 known = next((p["zero_shot"] for p in sweep if p["alpha"] == alpha and p["hubness"] == best["hubness"]), None)
                 figures["zero_shot" + suffix] = labelled.accuracy(model) if known is None else known
                 figures["retention" + suffix] = figures["zero_shot" + suffix] / max(base_accuracy, 1e-9)
-            _save_ranks(run.stage.path, name, r)
-        text_map = self._place(run, model, interpolate_to(start, end, best["alpha"]), best["hubness"], cached_text=frozen_text)
+            _save_ranks(run.stage.path, "test" + suffix, r)
+        if best["alpha"] == 1.0:
+            figures["test_at_1"], figures["retention_at_1"] = figures["test"], figures.get("retention")
         if recipe.index.objectives:
             train = self._set(run, "train")
             vectors = train.vectors(model, cached_text=frozen_text, text_map=text_map)

@@ -121,21 +121,26 @@ def test_serve_job_refuses_an_open_door(student_folder):
     assert "--host: 0.0.0.0 can be reached by others" in done.stderr.strip().splitlines()[-1]
 
 
-def test_importing_a_detector_leaves_pillow_as_it_was(tmp_path):
-    """ultralytics swaps Image.open for its own: pictures would then be refused for other reasons wherever a detector was loaded."""
+def test_a_detector_leaves_the_process_as_it_was(tmp_path):
+    """ultralytics swaps Image.open for its own (pictures would then be refused for other reasons) and takes a core away from torch."""
     code = """
+import os, torch
 from PIL import Image
-before = Image.open
+before, threads = Image.open, max(3, torch.get_num_threads())
+torch.set_num_threads(threads)
 from dclip_qdrant.detectors.yolo import Yolo
-Yolo("yolo11n.yaml")
+Yolo("yolo11n.yaml", image_size=64)([Image.new("RGB", (64, 64))])
 assert Image.open is before
+assert torch.get_num_threads() == threads
+assert "OMP_NUM_THREADS" not in os.environ
 from dclip_qdrant import images
 try:
     images.open_rgb(b"<svg/>", "x")
 except images.ImageError as e:
     assert "not a picture (it looks like text)" in str(e), e
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=ENV, capture_output=True, text=True, timeout=200)
+    env = {k: v for k, v in ENV.items() if k != "OMP_NUM_THREADS"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-2000:]
 
 

@@ -2,6 +2,8 @@
 
 import hashlib
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,26 @@ _TRUSTED_BUILTINS = {
 }
 
 
+@contextmanager
+def _process_kept() -> Iterator[None]:
+    """Undoes what ultralytics (8.4) does to its whole process.
+
+    Importing it swaps Image.open for one that answers a broken picture by looking for pi-heif (the door of `images` would then give other reasons in a process
+    that has a detector) and sets OMP_NUM_THREADS to 1; its first prediction on a CPU leaves torch all cores but one: one of two.
+    """
+    import torch
+
+    pillow_open, threads, omp = Image.open, torch.get_num_threads(), os.environ.get("OMP_NUM_THREADS")
+    try:
+        yield
+    finally:
+        Image.open = pillow_open
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
+        if omp is None:
+            os.environ.pop("OMP_NUM_THREADS", None)
+
+
 class Yolo:
     """`weights`: a .pt file, or a name that ultralytics downloads (yolo11n.pt). Boxes come back in pixels of the given images."""
 
@@ -30,16 +52,12 @@ class Yolo:
             raise UsageError("detector weights", f"no file {weights}", "a YOLO .pt file, or a name like yolo11n.pt")
         os.environ.setdefault("YOLO_VERBOSE", "false")
         os.environ.setdefault("YOLO_AUTOINSTALL", "false")  # it would run pip in the user's environment
-        pillow_open = Image.open
         try:
-            from ultralytics import YOLO
-            from ultralytics.utils import SETTINGS
+            with _process_kept():
+                from ultralytics import YOLO
+                from ultralytics.utils import SETTINGS
         except ModuleNotFoundError as e:
             raise missing(e.name or "ultralytics", "the yolo detector") from e
-        finally:
-            # Importing ultralytics (8.4) swaps Image.open for one that answers a broken picture by looking for pi-heif: the
-            # door of `images` would then give other reasons in a process that has a detector than in one that hasn't.
-            Image.open = pillow_open
         if SETTINGS.get("sync"):
             SETTINGS["sync"] = False  # no usage reports from our users' machines
         if Path(weights).is_file():
@@ -57,7 +75,8 @@ class Yolo:
         self._how = {"imgsz": image_size, "conf": min_score, "max_det": max_boxes, "verbose": False, "device": device}
 
     def __call__(self, images: list[Image.Image]) -> list[Regions]:
-        found = self._model.predict(images, **self._how) if images else []
+        with _process_kept():
+            found = self._model.predict(images, **self._how) if images else []
         return [self._regions(r) for r in found]
 
     def _regions(self, result) -> Regions:  # ultralytics.engine.results.Results

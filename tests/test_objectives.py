@@ -12,13 +12,12 @@ from dclip_qdrant.lookup import names
 from dclip_qdrant.objectives import build
 
 ALL = [n for n in names("objectives") if n != "__init__"]
-SMALL = {"matryoshka": {"dims": (2, 4)}}  # defaults are for real widths
 # rounding has no derivative: what is passed on instead has tests of its own
 STRAIGHT_THROUGH = {"quantised"}
 
 
 def made(name, dim):
-    return build(name, student_dim=dim, teacher_dim=dim, **SMALL.get(name, {}))
+    return build(name, student_dim=dim, teacher_dim=dim)
 
 
 def test_there_are_objectives():
@@ -169,6 +168,12 @@ def test_matryoshka_is_the_mean_over_prefixes(labels):
     torch.testing.assert_close(value, sum(by_prefix) / 2)
 
 
+def test_a_prefix_is_a_number_of_components_or_a_part_of_them():
+    from dclip_qdrant.objectives.matryoshka import prefix
+
+    assert [prefix(d, 256) for d in (128, 0.5, 0.25, 256, 1, 0.001)] == [128, 128, 64, 256, 1, 1]
+
+
 def test_matryoshka_by_hand():
     # first components alone: cosines are 1 or -1; second pair's sign is flipped, so S_1 = [[1, 1], [1, 1]]: log 2 both ways
     e = Encoded(torch.tensor([[1.0, 9.0], [2.0, -9.0]]), torch.tensor([[3.0, 9.0], [4.0, -9.0]]), torch.arange(2), torch.tensor(1.0))
@@ -243,11 +248,12 @@ def test_dclip_hybrid_loss_is_the_sum_of_its_terms():
     ("info_nce", {"temprature": 1}, "did you mean 'temperature'"),
     ("info_nce", {"temperature": 0}, "must be > 0"),
     ("cosine", {"of": "sound"}, "must be one of image, text, regions, rois, spans"),
-    ("matryoshka", {"dims": (2, 9)}, "longer than the student's 5"),
-    ("matryoshka", {"dims": ()}, "whole numbers above 0"),
+    ("matryoshka", {"dims": (2, 9)}, "more than the student's 5"),
+    ("matryoshka", {"dims": (2.5,)}, "whole number of components, or a part"),
+    ("matryoshka", {"dims": ()}, "dims are empty"),
     ("quantised", {"level": "int7"}, "must be int8 or binary"),
     ("quantised", {"query": "text"}, "must be same or float"),
-    ("quantised", {"dim": 9}, "longer than the student's 5"),
+    ("quantised", {"dim": 9}, "more than the student's 5"),
     ("cosin", {}, "did you mean 'cosine'"),
     ("no.such.module:Thing", {}, "no module"),
 ])  # fmt: skip

@@ -15,7 +15,6 @@ from dclip_qdrant.training.loop import gradients
 
 pytestmark = pytest.mark.slow
 ALL = [n for n in names("objectives") if n != "__init__"]
-SMALL = {"matryoshka": {"dims": (2, 4)}}  # defaults are for real widths
 N, C, D, TEACHER = 12, 2, 6, 5  # pictures, captions a picture, the student's width, the teacher's
 # what an objective compares component by component, so that widths must agree
 SAME_WIDTH = {"targeted_tokens", "random_alignment"}
@@ -29,7 +28,7 @@ class Everything:
         torch.manual_seed(0)
         self.modules = nn.ModuleDict({k: nn.Linear(D, D) for k in ("image", "text", *KINDS)})
         self.teacher = D if name in SAME_WIDTH else TEACHER
-        self.objectives = build(name, student_dim=D, teacher_dim=self.teacher, **SMALL.get(name, {}))
+        self.objectives = build(name, student_dim=D, teacher_dim=self.teacher)
         g = torch.Generator().manual_seed(1)
         draw = lambda *shape: torch.randn(*shape, generator=g)
         shapes = {"image": (N,), "text": (N, C), "regions": (N,), "rois": (N, 3), "words": (N, C, 4), "spans": (N,)}

@@ -6,24 +6,35 @@ from dclip_qdrant.contrast import cosine_logits, divergence, positives
 from dclip_qdrant.encoded import Encoded
 
 
+def prefix(length: int | float, width: int) -> int:
+    """How many components: a whole number, or below 1 that part of `width`.
+
+    Raises:
+        ValueError: neither, or more than `width`.
+    """
+    if not (length > 0 and (length < 1 or int(length) == length)):
+        raise ValueError(f"length {length} must be a whole number of components, or a part of them between 0 and 1")
+    if length > width:
+        raise ValueError(f"length {length} is more than the student's {width}")
+    return int(length) if length >= 1 else max(1, round(length * width))
+
+
 class Matryoshka(nn.Module):
     """L = mean over d in `dims` of KL(labels * Y + (1 - labels) * softmax(S / tau) || softmax(S_d / tau)), both ways; [N, M] -> scalar.
 
     S_d = cos of the first d components. labels = 1 is the paper's sum of contrastive losses over prefixes (up to a constant); 0 asks each prefix for
-    the order that the whole vector gives, which is what recall through an index counts (ours).
+    the order that the whole vector gives, which is what recall through an index counts (ours). `dims`: see `prefix`.
     """
 
     def __init__(
-        self, *, student_dim: int, teacher_dim: int, dims: tuple[int, ...] = (128, 64), temperature: float = 0.05, labels: float = 1.0
+        self, *, student_dim: int, teacher_dim: int, dims: tuple[int | float, ...] = (0.5, 0.25), temperature: float = 0.05, labels: float = 1.0
     ) -> None:
         super().__init__()
-        if not dims or not all(isinstance(d, int) and d > 0 for d in dims):
-            raise ValueError(f"dims {list(dims)} must be whole numbers above 0")
-        if max(dims) > student_dim:
-            raise ValueError(f"dims {list(dims)} are longer than the student's {student_dim}")
+        if not dims:
+            raise ValueError("dims are empty: at least one length, like 0.5")
         if not (temperature > 0 and 0 <= labels <= 1):
             raise ValueError(f"temperature {temperature} must be > 0, labels {labels} in 0..1")
-        self.dims, self.temperature, self.labels = tuple(dims), temperature, labels
+        self.dims, self.temperature, self.labels = tuple(prefix(d, student_dim) for d in dims), temperature, labels
 
     def forward(self, student: Encoded, teacher: Encoded) -> Tensor:
         y = positives(student.owner, len(student.image))

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from dclip_qdrant.contrast import cosine_logits, divergence, positives
 from dclip_qdrant.encoded import Encoded
+from dclip_qdrant.objectives.matryoshka import prefix
 
 QUANTILE = 0.99  # what our collections ask Qdrant's scalar quantisation for
 LEVELS = 127  # Qdrant's int8 codes run from 0 to 127
@@ -15,7 +16,7 @@ class Quantised(nn.Module):
     """L = KL(labels * Y + (1 - labels) * softmax(S / tau) || softmax(S_q / tau)), both ways; [N, M] -> scalar.
 
     S_q compares vectors after quantisation: `int8` clips to the batch's 0.99 quantile range and rounds to 128 levels, as Qdrant's scalar quantisation
-    does; `binary` keeps the signs. `dim` first cuts to a prefix. Rounding passes its gradient straight through (Bengio et al. 2013); the sign passes
+    does; `binary` keeps the signs. `dim` first cuts to a `prefix`. Rounding passes its gradient straight through (Bengio et al. 2013); the sign passes
     that of tanh(sharpness * sqrt(D) * x), x a unit vector, so that components far from zero rest. `query`: binary compares signs with signs, as Qdrant
     does unless told otherwise; float keeps the text side whole (asymmetric, Qdrant's scalar query encoding).
     """
@@ -26,7 +27,7 @@ class Quantised(nn.Module):
         student_dim: int,
         teacher_dim: int,
         level: str = "int8",
-        dim: int | None = None,
+        dim: int | float | None = None,
         query: str = "same",
         temperature: float = 0.05,
         labels: float = 0.0,
@@ -37,10 +38,9 @@ class Quantised(nn.Module):
             raise ValueError(f"level = {level!r} must be int8 or binary")
         if query not in ("same", "float"):
             raise ValueError(f"query = {query!r} must be same or float")
-        if not (temperature > 0 and 0 <= labels <= 1 and sharpness > 0 and (dim is None or dim > 0)):
-            raise ValueError(f"temperature {temperature}, sharpness {sharpness}, dim {dim} must be > 0, labels {labels} in 0..1")
-        if dim is not None and dim > student_dim:
-            raise ValueError(f"dim {dim} is longer than the student's {student_dim}")
+        if not (temperature > 0 and 0 <= labels <= 1 and sharpness > 0):
+            raise ValueError(f"temperature {temperature}, sharpness {sharpness} must be > 0, labels {labels} in 0..1")
+        dim = None if dim is None else prefix(dim, student_dim)
         self.level, self.dim, self.query, self.temperature, self.labels, self.sharpness = level, dim, query, temperature, labels, sharpness
 
     def forward(self, student: Encoded, teacher: Encoded) -> Tensor:

@@ -2,8 +2,9 @@
 
     ray job submit --working-dir . -- python ray_jobs/clip_td.py --task vqa --train Q.json,A.json --test Q.json,A.json --images /data/coco --teacher ViT-B-32/openai --out /data/td
 
-Trains the task alone, naive distillation and targeted distillation at each --part of the examples, over --seeds; runs are Ray tasks, reused when done. Prints
-the table and writes clip_td.json. For retrieval there is the recipe clip_td (distill.py).
+Trains the task alone, naive distillation and targeted distillation at each --part of the examples, over --seeds; a finished run is reused. Distillation needs no
+answers: with --set unlabelled=true its first step also sees the pictures and texts of the examples outside the part. Prints the table and writes clip_td.json.
+For retrieval there is the recipe clip_td (distill.py).
 """
 
 import json
@@ -43,6 +44,8 @@ def main(task, train, test, images, test_images, teacher, out, parts, shift, det
     except ValidationError as e:
         first = e.errors()[0]
         raise RecipeError("--set", f"{'.'.join(map(str, first['loc']))}: {first['msg'].lower()}", f"one of {', '.join(Config.model_fields)}") from e
+    if config.unlabelled and task == "vcr":
+        raise UsageError("--set unlabelled", "true with --task vcr", "false: which of an example's texts is distilled is its answer")
     where = lambda path, flag: cluster.absolute(path, flag)
     options = {"weights": where(weights, "--weights")} if weights else {}
     train_sets = _read(task, [where(f, "--train") for f in train.split(",")], where(images, "--images"))

@@ -257,6 +257,56 @@ def test_a_run_of_each_method_ends_with_figures_and_is_reused(questions_folder, 
     assert said == ["reused"]
 
 
+def test_unlabelled_examples_are_seen_and_their_answers_are_not(questions_folder, tiny_base, detector, tmp_path):
+    """Other answers of the unlabelled examples change nothing; other pictures of them do."""
+    from dclip_qdrant.reasoning.run import run
+    from dclip_qdrant.reasoning.task import Config
+
+    train, test = read(questions_folder, "train"), {"test": read(questions_folder, "test")}
+    few, rest = train[:20], train[20:]
+    wrong = [replace(e, soft={"nonsense": 1.0}, statement="nonsense", answers=("nonsense",)) for e in rest]
+    moved = [replace(e, picture=few[0].picture) for e in rest]
+    go = lambda name, unlabelled: run("vqa", few, test, teacher=str(tiny_base), detector=detector, out=str(tmp_path / name), config=Config(**SMALL), unlabelled=unlabelled)["history"]
+    losses = {name: [h["loss"] for h in go(name, sets)] for name, sets in (("right", rest), ("wrong", wrong), ("moved", moved), ("none", []))}
+    assert losses["wrong"] == losses["right"]
+    assert len({tuple(v) for v in losses.values()}) == 3
+    with pytest.raises(ValueError, match="unlabelled examples of VCR"):
+        run("vcr", few, test, teacher=str(tiny_base), detector=detector, out=str(tmp_path), unlabelled=rest)
+
+
+def test_the_task_is_lost_over_labelled_examples_only(questions_folder, tiny_base, detector):
+    """Two of four are labelled: half of the mean of their losses, so that each counts as it would in a batch of its own kind."""
+    from dclip_qdrant.models.two_tower import load
+    from dclip_qdrant.reasoning.task import Config, Reasoning
+    from dclip_qdrant.reasoning.teacher import look
+
+    examples, tower = read(questions_folder, "train")[:4], load(str(tiny_base))
+    seen = look(tower, [e.picture for e in examples], detector, size=32, top_k=4)
+    task = Reasoning(examples, seen, tower, Config(adapt_task=3.0, **SMALL), target=np.array([[1.0, 0.0], [0.0, 1.0]], np.float32), confidence=None, soft=True, adapting=True)
+    batch = task.batch(np.arange(4), 0)
+    scores = torch.tensor([[0.0, 0.0], [0.0, 0.0], [9.0, -9.0], [-9.0, 9.0]])
+    total, terms = task.loss({"scores": scores, "distance": torch.tensor([1.0, 2.0, 3.0, 6.0])}, task.fixed(batch))
+    assert terms == pytest.approx({"task": 2 * np.log(2), "distill": 3.0})  # two answers at probability one half
+    assert total.item() == pytest.approx(3.0 * 0.5 * 2 * np.log(2) + 0.2 * 3.0)
+
+
+def test_only_what_is_learned_from_is_looked_at(questions_folder, tiny_base, detector):
+    from dclip_qdrant.models.two_tower import load
+    from dclip_qdrant.reasoning.teacher import look
+
+    pictures = [e.picture for e in read(questions_folder, "train")]
+    asked = []
+    watched = lambda loaded: (asked.append(len(loaded)), detector(loaded))[1]
+    tower = load(str(tiny_base))
+    seen = look(tower, pictures[:3], watched, size=32, plain=pictures[2:6])
+    assert (sum(asked), len(seen.number), len(seen.pixels)) == (3, 6, 6)
+    whole = look(tower, pictures[:6], detector, size=32)
+    assert (seen.pixels == whole.pixels).all()
+    assert seen.image[:3] == pytest.approx(whole.image[:3], abs=1e-6)
+    assert not seen.image[3:].any()
+    assert seen.mask.any(1).tolist() == [True] * 3 + [False] * 3
+
+
 def test_the_distance_is_the_papers_sum_by_loops(questions_folder, tiny_base, detector):
     from dclip_qdrant.models.two_tower import load
     from dclip_qdrant.reasoning.task import Config, Reasoning

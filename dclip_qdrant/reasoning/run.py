@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -37,51 +38,60 @@ def figure(task: str, picked: np.ndarray, examples: Sequence[Example], answers: 
 
 def run(
     task: str, train: Sequence[Example], tests: dict[str, Sequence[Example]], *, teacher: str, detector: Any, out: str, config: Config | None = None, say: Say = lambda line: None, device: str = "cpu",
-    seen: dict[str, Seen] | None = None,
+    unlabelled: Sequence[Example] = (), seen: Callable[[], Seen] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Trains one student and measures it on every test set; {"figures": {name: figure}, "picked": {name: [N]}, "history": ...}.
 
-    `detector`: pictures -> list of Regions. A killed run resumes; a finished one under the same inputs is read back. `seen`: a dict that keeps what the teacher saw
-    between runs of the same pictures.
+    `detector`: pictures -> list of Regions. `unlabelled`: examples whose pictures and texts the first step sees too; their answers stay unread. A killed run resumes; a finished one under the same inputs is read back. `seen`: gives what the teacher saw of
+    these pictures (and maybe of others), looked at once for several runs.
 
     Raises:
-        ValueError: no training examples, or (VCR) examples without choices.
+        ValueError: no training examples, or unlabelled ones of VCR (which of an example's texts is distilled is its answer).
     """
     config = config or Config()
     if not train:
         raise ValueError("no training examples")
+    if unlabelled and task == "vcr":
+        raise ValueError("unlabelled examples of VCR: which of an example's texts is distilled is its answer")
     answers = answers_of(task, train)
     folder = UPath(out)
     mark = digest({"task": task, "train": [e.id for e in train], "tests": {k: [e.id for e in v] for k, v in tests.items()}, "teacher": teacher, "config": config.model_dump(),
-                   "answers": answers, "size": config.image_size})  # fmt: skip
+                   "answers": answers, "detector": getattr(detector, "fingerprint", ""), "unlabelled": [e.id for e in unlabelled]})  # fmt: skip
     done = folder / f"{task}-{mark}.json"
     if done.exists():
         say("reused")
         return json.loads(done.read_text())
     tower = two_tower.load(teacher).to(device)
-    pictures = [e.picture for e in (*train, *(e for t in tests.values() for e in t))]
-    key = digest({"pictures": sorted({p if isinstance(p, str) else digest(p.hex()) for p in pictures}), "size": config.image_size, "top_k": config.top_k})
-    kept = seen if seen is not None else {}
-    if key not in kept:
-        kept[key] = look(tower, pictures, detector, size=config.image_size, top_k=config.top_k, device=device)
-    sight = kept[key]
-    sure = confidences(tower, train, sight, device=device) if config.distill != "none" and config.confidence else None
-    make = lambda examples, sure=None: Reasoning(examples, sight, tower, config, target=_targets(task, examples, answers), confidence=sure, soft=task == "vqa", device=device)
-    learner = make(train, sure)
+    pictures = lambda sets: [e.picture for examples in sets for e in examples]
+    sight = seen() if seen else look(tower, pictures([train, unlabelled]), detector, size=config.image_size, top_k=config.top_k, plain=pictures(tests.values()), device=device)
+    make = lambda examples, target, **more: Reasoning(examples, sight, tower, config, target=target, soft=task == "vqa", device=device, **more)
+    target = _targets(task, train, answers)
+    points = folder / f"{task}-{mark}"
     batch = min(config.batch_size, len(train))
-    points = Checkpoints(folder / f"{task}-{mark}")
-    # all methods get both steps' epochs: the task alone has them as task epochs
-    history = fit(learner, epochs=config.adapt_epochs + config.finetune_epochs, batch_size=batch, chunk_size=batch, warmup=0.1, schedule="cosine", clip_norm=1.0, checkpoint_s=30.0,
-                  seed=config.seed, checkpoints=points, device=device, say=say)  # fmt: skip
+    learn = lambda learner, epochs, step: fit(learner, epochs=epochs, batch_size=batch, chunk_size=batch, warmup=0.1, schedule="cosine", clip_norm=1.0, checkpoint_s=30.0, seed=config.seed,
+                                              checkpoints=Checkpoints(points / step), device=device, say=lambda text: say(f"{step}: {text}"))  # fmt: skip
+    adapt_steps = config.adapt_epochs * ((len(train) + len(unlabelled)) // batch)
+    if config.distill == "none":  # all methods make as many steps: the task alone has them as steps of the task
+        learner = make(train, target, confidence=None)
+        history = learn(learner, config.finetune_epochs + round(adapt_steps / (len(train) // batch)), "task")
+    else:
+        # of an example whose answer nobody knows, nobody knows whether its statement is true
+        sure = np.concatenate([confidences(tower, train, sight, device=device), np.full(len(unlabelled), 0.5, np.float32)]) if config.confidence else None
+        first = make((*train, *unlabelled), target, confidence=sure, adapting=True)
+        history = learn(first, config.adapt_epochs, "adapt")
+        learner = make(train, target, confidence=None if sure is None else sure[: len(train)])
+        learner.student.load_state_dict(first.student.state_dict())
+        history += learn(learner, config.finetune_epochs, "finetune")
     result: dict[str, Any] = {"figures": {}, "picked": {}, "history": history, "train": len(train)}
     for name, examples in tests.items():
-        judge = make(examples)
+        judge = make(examples, _targets(task, examples, answers), confidence=None)
         judge.student.load_state_dict(learner.student.state_dict())
         picked = judge.scores().argmax(1)
         result["figures"][name], result["picked"][name] = figure(task, picked, examples, answers), picked.tolist()
     folder.mkdir(parents=True, exist_ok=True)
     done.write_text(json.dumps(result) + "\n")
-    points.clear()
+    for step in ("task", "adapt", "finetune"):
+        Checkpoints(points / step).clear()
     return result
 
 
@@ -113,7 +123,17 @@ def protocol(
     from dclip_qdrant.reasoning.examples import domain_shift, low_shot
 
     finder = build(*detector)
-    kept: dict[str, Seen] = {}
+    kind = lambda name: name if name in ("vqa", "snli_ve") else "vcr"
+    held = {name: domain_shift(examples, seed=0) if shift else (list(examples), []) for name, examples in train.items()}
+    tests = {name: {"test": test[name]} | ({"shifted": away} if away else {}) for name, (_, away) in held.items()}
+    few = {(part, seed): {name: low_shot(stay, part, seed=seed) for name, (stay, _) in held.items()} for part in parts for seed in seeds}
+
+    @cache
+    def seen() -> Seen:
+        learned = [e.picture for sets in ([{n: stay for n, (stay, _) in held.items()}] if config.unlabelled else few.values()) for examples in sets.values() for e in examples]
+        asked = [e.picture for sets in tests.values() for examples in sets.values() for e in examples]
+        return look(two_tower.load(teacher).to(device), learned, finder, size=config.image_size, top_k=config.top_k, plain=asked, device=device)
+
     rows = []
     for part in parts:
         for method, distill in METHODS.items():
@@ -121,15 +141,12 @@ def protocol(
             for seed in seeds:
                 cfg = config.model_copy(update={"distill": distill, "seed": seed})
                 picked: dict[str, dict[str, Any]] = {}
-                tests: dict[str, dict[str, Sequence[Example]]] = {}
-                for name, examples in train.items():
-                    kind = name if name in ("vqa", "snli_ve") else "vcr"
-                    stay, away = domain_shift(examples, seed=0) if shift else (list(examples), [])
-                    few = low_shot(stay, part, seed=seed)
-                    tests[name] = {"test": test[name]} | ({"shifted": away} if away else {})
+                for name, examples in few[part, seed].items():
                     line = lambda text, name=name, method=method, part=part, seed=seed: say(f"{name}, {method}, part {part:g}, seed {seed}: {text}")
-                    picked[name] = run(kind, few, tests[name], teacher=teacher, detector=finder, out=out, config=cfg, say=line, device=device, seen=kept)
-                    row["examples"] = len(few)
+                    labelled = {e.id for e in examples}
+                    others = [e for e in held[name][0] if e.id not in labelled] if config.unlabelled else []
+                    picked[name] = run(kind(name), examples, tests[name], teacher=teacher, detector=finder, out=out, config=cfg, say=line, device=device, unlabelled=others, seen=seen)
+                    row["examples"] = len(examples)
                 for where in next(iter(tests.values())):
                     for key, value in _together(picked, tests, where).items():
                         row["figures"].setdefault(key if where == "test" else f"{key}, {where}", []).append(value)

@@ -4,7 +4,8 @@
 
 `naive` D: whole picture and whole sentence. `targeted` D adds the regions and words that fit the sentence best. Distances are L1 between unit vectors; the
 student's states are mapped to CLIP's width (the paper's sketch maps CLIP's to the student's, where a target could be learned away).
-Two steps (adaptive finetuning): first distillation with the task at `adapt_task`, then the task with distillation at `finetune_distill`.
+Two steps (adaptive finetuning): first distillation with the task at `adapt_task`, then the task with distillation at `finetune_distill`. Distillation needs no
+answers, so the first step may also see the pictures and texts of unlabelled examples (`unlabelled`, ours; off, where the paper's text could not be read).
 """
 
 from collections.abc import Sequence
@@ -39,6 +40,7 @@ class Config(BaseModel):
     finetune_epochs: int = Field(8, gt=0, description="second step: the task")
     adapt_task: float = Field(1.0, ge=0, description="the task's weight in the first step")
     finetune_distill: float = Field(0.5, ge=0, description="of lambda, in the second step")
+    unlabelled: bool = Field(False, description="the first step also sees the pictures and texts of the examples outside the part, never their answers (ours)")
     lr: float = Field(5e-4, gt=0)
     weight_decay: float = Field(0.01, ge=0)
     batch_size: int = Field(64, gt=0)
@@ -78,11 +80,14 @@ class Reasoning:
     """See `loop.Task`: one of the three tasks over examples in memory."""
 
     def __init__(
-        self, examples: Sequence[Example], seen: Seen, tower: TwoTower, cfg: Config, *, target: np.ndarray, confidence: np.ndarray | None, soft: bool, device: str = "cpu"
-    ) -> None:
-        """`target` [N, A]: soft scores, or one-hot labels (of choices, A their number). `soft`: several answers can be right (VQA): binary cross-entropy."""
+        self, examples: Sequence[Example], seen: Seen, tower: TwoTower, cfg: Config, *, target: np.ndarray, confidence: np.ndarray | None, soft: bool, adapting: bool = False,
+        device: str = "cpu",
+    ) -> None:  # fmt: skip
+        """`target` [L, A]: soft scores, or one-hot labels (of choices, A their number), of the first L examples: the others are unlabelled. `soft`: several answers
+        can be right (VQA): binary cross-entropy. `adapting`: the first of the two steps."""
         self.examples, self.seen, self.tower, self.cfg, self.device, self.soft = examples, seen, tower.to(device), cfg, device, soft
-        self.size, self.target = len(examples), target
+        self.size, self.known = len(examples), np.arange(len(examples)) < len(target)
+        self.target = np.concatenate([target, np.zeros((len(examples) - len(target), target.shape[1]), np.float32)])
         self.confidence = np.ones(len(examples), np.float32) if confidence is None else confidence
         self.multiple = bool(examples[0].choices)
         self.texts = [tuple(f"{e.text} {c}" for c in e.choices) if self.multiple else (e.text,) for e in examples]
@@ -91,7 +96,8 @@ class Reasoning:
                                teacher_dim=tower.dim).to(device)  # fmt: skip
         self.modules: nn.Module = self.student
         self.objectives: nn.Module = nn.Module()
-        self.task_weight = self.distill_weight = 1.0
+        self.task_weight = cfg.adapt_task if adapting else 1.0
+        self.distill_weight = 0.0 if cfg.distill == "none" else cfg.weight * (1.0 if adapting else cfg.finetune_distill)
 
     def groups(self) -> list[dict[str, Any]]:
         matrices = [p for p in self.student.parameters() if p.ndim >= 2]
@@ -99,17 +105,14 @@ class Reasoning:
         return [{"params": matrices, "lr": self.cfg.lr, "weight_decay": self.cfg.weight_decay}, {"params": rest, "lr": self.cfg.lr, "weight_decay": 0.0}]
 
     def begin(self, epoch: int) -> None:
-        """The two steps of adaptive finetuning."""
-        first = epoch < self.cfg.adapt_epochs and self.cfg.distill != "none"
-        self.task_weight = self.cfg.adapt_task if first else 1.0
-        self.distill_weight = 0.0 if self.cfg.distill == "none" else self.cfg.weight * (1.0 if first else self.cfg.finetune_distill)
         self.student.train()
 
     def batch(self, index: np.ndarray, epoch: int) -> Batch:
         s = self.seen
         rows = np.array([s.number[self.examples[i].picture] for i in index])
         ids = torch.stack([self._ids(self.texts[i]) for i in index]).to(self.device)
-        fixed = {"target": self.target[index], "weight": self.confidence[index]}
+        ids = ids[..., : int((ids != 0).any(0).any(0).nonzero().max()) + 1]  # what is padding in every row is no work
+        fixed = {"target": self.target[index], "weight": self.confidence[index], "known": self.known[index]}
         out = Batch(torch.from_numpy(s.pixels[rows]).to(self.device), ids, {k: torch.from_numpy(v).float().to(self.device) for k, v in fixed.items()},
                     int(np.random.default_rng([self.cfg.seed, epoch, int(index[0])]).integers(1 << 40)))  # fmt: skip
         if self.cfg.distill != "none":
@@ -154,11 +157,12 @@ class Reasoning:
         return d + regions + said
 
     def fixed(self, batch: Batch) -> Vectors:
-        return {k: batch.fixed[k] for k in ("target", "weight")}
+        return {k: batch.fixed[k] for k in ("target", "weight", "known")}
 
     def loss(self, live: Vectors, fixed: Vectors) -> tuple[Tensor, dict[str, float]]:
-        task = task_loss(live["scores"], fixed["target"], self.soft)
-        total, terms = self.task_weight * task, {"task": task.item()}
+        known = fixed["known"].bool()
+        task = task_loss(live["scores"][known], fixed["target"][known], self.soft) if known.any() else live["scores"].sum() * 0
+        total, terms = self.task_weight * known.float().mean() * task, {"task": task.item()}  # a labelled example counts the same in any company
         if "distance" in live:
             w = fixed["weight"] if self.cfg.confidence else torch.ones_like(fixed["weight"])
             distill = (w * live["distance"]).sum() / w.sum().clamp(min=1e-9)

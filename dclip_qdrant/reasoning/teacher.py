@@ -1,6 +1,6 @@
 """What a frozen CLIP says of an example: vectors of picture, crops, sentence and words to distil, and how sure it is of the right answer."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,17 +28,25 @@ class Seen:
 
 
 @torch.no_grad()
-def look(tower: TwoTower, pictures: Sequence[str | bytes], detector, *, size: int, top_k: int = 4, device: str = "cpu") -> Seen:
-    """Decodes, finds regions and embeds each picture and its crops. `size`: pixels a side of the student's input, to which the whole picture is squashed."""
+def look(tower: TwoTower, pictures: Sequence[str | bytes], detector, *, size: int, top_k: int = 4, plain: Collection[str | bytes] = (), device: str = "cpu") -> Seen:
+    """Decodes, finds regions and embeds each picture and its crops. `size`: pixels a side of the student's input, to which the whole picture is squashed.
+
+    Of `plain` pictures (nothing is learned from them) only the pixels are taken: no regions, vectors of zeros.
+    """
     from dataclasses import replace
 
     squash = replace(tower.preprocess, resize_mode="squash")
     small = replace(squash, size=size)
-    number = {p: i for i, p in enumerate(dict.fromkeys(pictures))}
-    pixels, whole, crops = [], [], []
+    known = set(pictures)
+    number = {p: i for i, p in enumerate(dict.fromkeys([*pictures, *(p for p in plain if p not in known)]))}
+    pixels, whole, crops = [], np.zeros((len(number), tower.dim), np.float32), [np.zeros((0, tower.dim), np.float32)]
     boxes, mask = np.zeros((len(number), top_k, 4), np.float32), np.zeros((len(number), top_k), bool)
     for start in range(0, len(number), 64):
         loaded = [images.open_rgb(p if isinstance(p, bytes) else images.read(p), p if isinstance(p, str) else "picture") for p in list(number)[start : start + 64]]
+        pixels += [small.pixels(image) for image in loaded]
+        loaded = loaded[: max(0, len(known) - start)]
+        if not loaded:
+            continue
         found: list[Regions] = [r.top(top_k) for r in detector(loaded)]
         own: list[np.ndarray] = []
         for j, (image, regions) in enumerate(zip(loaded, found, strict=True)):
@@ -46,13 +54,12 @@ def look(tower: TwoTower, pictures: Sequence[str | bytes], detector, *, size: in
             boxes[start + j, :n] = regions.boxes / np.array([image.width, image.height] * 2)
             mask[start + j, :n] = True
             own += [squash.pixels(c) for c in regions.crops(image)]
-            pixels.append(small.pixels(image))
         run = lambda px: np.concatenate([tower.encode_image(tower.normalised(torch.from_numpy(np.stack(px[i : i + 64])).to(device))).float().cpu().numpy() for i in range(0, len(px), 64)])
-        whole.append(run([tower.preprocess.pixels(i) for i in loaded]))
-        crops.append(run(own) if own else np.zeros((0, tower.dim), np.float32))
+        whole[start : start + len(loaded)] = run([tower.preprocess.pixels(i) for i in loaded])
+        crops.append(run(own) if own else crops[0])
     vectors = np.zeros((*mask.shape, tower.dim), np.float32)
     vectors[mask] = np.concatenate(crops)
-    return Seen(number, np.stack(pixels), np.concatenate(whole), vectors, boxes, mask)
+    return Seen(number, np.stack(pixels), whole, vectors, boxes, mask)
 
 
 def confidences(tower: TwoTower, examples: Sequence[Example], seen: Seen, *, batch: int = 256, device: str = "cpu") -> np.ndarray:

@@ -5,10 +5,11 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 export RAY_USAGE_STATS_ENABLED := 0
 export RAY_AUTH_MODE := disabled
-# glibc keeps large blocks: much faster on a CPU (benchmarks/malloc.py)
+# glibc keeps large blocks, idle threads sleep soon: much faster on a CPU (benchmarks/cpu.py)
 export MALLOC_MMAP_MAX_ := 0
 export MALLOC_TRIM_THRESHOLD_ := 100000000000
 export MALLOC_TOP_PAD_ := 67108864
+export GOMP_SPINCOUNT := 10000
 
 .PHONY: setup demo demo-long test test-fast lint schemas clean
 

@@ -14,10 +14,15 @@ from dclip_qdrant.lookup import need
 from dclip_qdrant.pairs import Pairs
 from dclip_qdrant.stages import done_keys
 
+# What CPU workers want in their environment; benchmarks/cpu.py measures both. Read when a process starts: workers of a private cluster inherit it, a cluster's own
+# have it from `ray start`. Not a runtime_env: with one of those no worker that is there already is used, and each task waits for a new one.
 # glibc gives large blocks back to the system at once and gets them anew for every layer; told to keep them, the same CPU ran a MobileNet 3.7 times as fast
-# (benchmarks/malloc.py; it is torch's own advice to use an allocator that keeps them). Read when a process starts: workers of a private cluster inherit it,
-# a cluster's own have it from `ray start`. Not a runtime_env: with one of those no worker that is there already is used, and each task waits for a new one.
+# (it is torch's own advice to use an allocator that keeps them).
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000", "MALLOC_TOP_PAD_": "67108864"}
+# An OpenMP thread without work turns in a loop for a while before it sleeps, and keeps a core from whoever has work: two processes with all cores each were 15 times
+# slower than alone, with this twice. Alone it costs 5%. (GNU's OpenMP, which torch's wheels have.)
+SLEEP_SOON = {"GOMP_SPINCOUNT": "10000"}
+CPU_SETTINGS = KEEP_MEMORY | SLEEP_SOON
 READ_COLUMNS = ["key", "uri", "image", "width", "height", "captions", "split"]
 
 
@@ -33,7 +38,7 @@ def connect() -> None:
     if os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"):
         ray.init(log_to_driver=True)
     else:
-        for name, value in KEEP_MEMORY.items():
+        for name, value in CPU_SETTINGS.items():
             os.environ.setdefault(name, value)
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # a private cluster on loopback, gone with this process
         # the dashboard, on a port of its own: without it Ray Train's controller complains every second

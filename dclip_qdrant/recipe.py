@@ -126,7 +126,7 @@ class Train(_Part):
     warmup: Fraction = Field(0.1, description="part of all steps")
     schedule: Literal["cosine", "constant"] = "cosine"
     clip_norm: float | None = Field(1.0, gt=0)
-    checkpoint_s: float = Field(60.0, ge=0, description="seconds between checkpoints (one at the end of each epoch besides)")
+    checkpoint_s: float = Field(60.0, ge=0, description="seconds between checkpoints (and one at the end)")
 
 
 class Keep(_Part):

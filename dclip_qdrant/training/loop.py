@@ -140,7 +140,7 @@ def fit(
                 if now - last_said > 10:
                     say(f"epoch {epoch + 1}/{epochs} step {step + 1}/{steps} loss {value:.4f}")
                     last_said = now
-                if now - last_save > checkpoint_s and step + 1 < steps:
+                if step + 1 < steps and now - last_save > checkpoint_s:
                     save(epoch, step + 1)
                     last_save = now
             seconds = time.monotonic() - began
@@ -150,8 +150,9 @@ def fit(
             comm.barrier()
             history.append(row)
             sums, first_step = {}, 0
-            save(epoch + 1, 0)
-            last_save = time.monotonic()
+            if epoch + 1 == epochs or time.monotonic() - last_save > checkpoint_s:
+                save(epoch + 1, 0)
+                last_save = time.monotonic()
             say(
                 " ".join(
                     [

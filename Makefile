@@ -30,7 +30,7 @@ demo-long: setup ## the demo, then every recipe and the papers' own tasks on sce
 
 test: setup      ## everything
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest --durations=10
+	$(BIN)/python -m pytest --durations=10 -n 2 --dist loadfile --no-loadscope-reorder
 
 test-fast: setup ## what needs neither Ray nor an export
 	$(BIN)/python -m pytest -m "not slow and not real"

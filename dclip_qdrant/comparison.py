@@ -15,10 +15,11 @@ OWN = ("region_share", "span_share", "views", "crop_scale", "flip", "phases")  #
 
 def same_budget(recipe: Recipe, main: Recipe) -> Recipe:
     """`recipe` with the main one's detector, trainable set, learning rates and interpolation, and with as many epochs as make the same number of student
-    forward passes over pictures and crops (rounded up: a rival never gets less)."""
+    forward passes over pictures and crops (rounded up: a rival never gets less). Without its turn for an index, which changes nothing at full length."""
     raw, other = recipe.as_dict(), main.as_dict()
     for part in ("student", "keep"):
         raw[part] = other[part]
+    del raw["index"]
     raw["regions"] |= {k: other["regions"][k] for k in ("detector", "options")}
     epochs = math.ceil(main.train.epochs * (1 + main.train.region_share) / (1 + recipe.train.region_share) - 1e-9)
     own = recipe.train.model_dump(mode="json")

@@ -1,4 +1,4 @@
-"""What contrastive objectives share: cosine logits of two sets of vectors, and the ways to compare logits with labels and with a teacher's."""
+"""What contrastive objectives share: cosine logits of two sets of vectors, the ways to compare logits with labels and with a teacher's, prefixes of vectors."""
 
 from collections.abc import Sequence
 
@@ -36,3 +36,16 @@ def divergence(s: Tensor, t: Tensor | Sequence[Tensor], y: Tensor, labels: float
         return F.kl_div(s.log_softmax(-1), q, reduction="batchmean")
 
     return (one_way(s, several, y) + one_way(s.T, [t.T for t in several], y.T)) / 2
+
+
+def prefix(length: int | float, width: int) -> int:
+    """How many components: a whole number, or below 1 that part of `width`.
+
+    Raises:
+        ValueError: neither, or more than `width`.
+    """
+    if not (length > 0 and (length < 1 or int(length) == length)):
+        raise ValueError(f"length {length} must be a whole number of components, or a part of them between 0 and 1")
+    if length > width:
+        raise ValueError(f"length {length} is more than the student's {width}")
+    return int(length) if length >= 1 else max(1, round(length * width))

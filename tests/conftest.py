@@ -90,3 +90,8 @@ def other_student(tmp_path_factory) -> Path:
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(0)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The Ray jobs first: with `-n 2` they take as long as all the other files, which go to the other process."""
+    items.sort(key=lambda item: item.path.name != "test_jobs.py")

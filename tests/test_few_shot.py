@@ -1,9 +1,6 @@
 """ComKD-CLIP's own task: splits and figures by hand, prompts that start as the model they are put before, both stages' losses against their formulas, a whole run."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,8 +12,6 @@ from dclip_qdrant.few_shot import comkd, protocol
 from dclip_qdrant.labelled import Labelled
 from dclip_qdrant.models.prompted import ImagePrompts, TextPrompts
 from dclip_qdrant.models.two_tower import load
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -180,18 +175,3 @@ def test_other_sets_and_domains(labelled, tiny_base, tmp_path):
             (strange / name / f"{i}.jpg").write_bytes(next((labelled / "moon").glob("*.jpg")).read_bytes())
     with pytest.raises(InputError, match="classes unicorn"):
         adapt(str(labelled), teacher=str(tiny_base), student=str(tiny_base), out=str(tmp_path / "o"), config=config, domains=(str(strange),))
-
-
-@pytest.mark.slow
-def test_the_job_and_its_mistakes(labelled, tiny_base, tmp_path):
-    import os
-
-    env = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
-    job = lambda *more: subprocess.run([sys.executable, "ray_jobs/adapt.py", "--labelled", str(labelled), "--teacher", str(tiny_base), "--student", str(tiny_base), "--out", str(tmp_path),
-                                        *more], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)  # fmt: skip
-    wrong = job("--set", "shot=3")
-    assert wrong.returncode == 2
-    assert "one of shots" in wrong.stderr
-    done = job("--set", "shots=2", "--set", "teacher_epochs=1", "--set", "student_epochs=1", "--set", "depth=1")
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "| comkd_clip |" in done.stdout

@@ -1,4 +1,4 @@
-"""The Ray jobs as a user runs them, on a head of our own or a private cluster: whole, killed and submitted again, and what they refuse."""
+"""The Ray jobs as a user runs them, on a head of our own or a private cluster (no other file of tests starts Ray: two clusters on one machine get in each other's way): whole, killed and submitted again, and what they refuse."""
 
 import json
 import os
@@ -314,6 +314,36 @@ def test_two_workers_give_what_one_gives(unbroken, on_head, tiny_base, pairs_fol
     got = json.loads((tmp_path / "table.json").read_text())["rows"][1]
     for way in ("t2i", "i2t"):
         assert got[way]["mrr"] == pytest.approx(wanted[way]["mrr"], abs=0.02)
+
+
+def test_adapt_job_ends_with_its_table(on_head, tiny_base, tmp_path):
+    import scenes
+
+    scenes.write_labelled(tmp_path / "labelled", 120)
+    how = ("--labelled", tmp_path / "labelled", "--teacher", tiny_base, "--student", tiny_base, "--out", tmp_path / "out")
+    wrong = job("adapt", *how, "--set", "shot=3", env=on_head)
+    assert wrong.returncode == 2
+    assert "one of shots" in wrong.stderr
+    done = job("adapt", *how, *(f for s in ("shots=2", "teacher_epochs=1", "student_epochs=1", "depth=1") for f in ("--set", s)), env=on_head)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "| comkd_clip |" in done.stdout
+
+
+def test_clip_td_job_ends_with_its_table(on_head, tiny_base, tmp_path):
+    import questions
+
+    for subset, count, start in (("train", 40, 0), ("test", 10, 5000)):
+        questions.write(tmp_path, count, start=start, subset=subset)
+    how = ("--task", "snli_ve", "--train", tmp_path / "snli_ve_train.jsonl", "--test", tmp_path / "snli_ve_test.jsonl", "--images", tmp_path / "images", "--teacher", tiny_base,
+           "--out", tmp_path / "out", "--part", "0.5", *(f for s in ("unlabelled=true", "batch_size=8", "adapt_epochs=1", "finetune_epochs=1", "width=32") for f in ("--set", s)))  # fmt: skip
+    done = job("clip_td", *how, env=on_head)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = json.loads((tmp_path / "out" / "clip_td.json").read_text())
+    assert [r["method"] for r in rows] == ["task alone", "naive distillation", "clip_td"]
+    assert f"| {rows[2]['examples']} | clip_td | {100 * rows[2]['figures']['snli_ve'][0]:.1f} |" in done.stdout
+    refused = job("clip_td", "--task", "vcr", *how[2:], env=on_head)
+    assert refused.returncode == 2
+    assert "--set unlabelled: true with --task vcr" in refused.stderr
 
 
 def test_ingest_job_and_cli_agree(on_head, student_folder, scenes_folder, tmp_path):

@@ -169,7 +169,7 @@ def test_matryoshka_is_the_mean_over_prefixes(labels):
 
 
 def test_a_prefix_is_a_number_of_components_or_a_part_of_them():
-    from dclip_qdrant.objectives.matryoshka import prefix
+    from dclip_qdrant.contrast import prefix
 
     assert [prefix(d, 256) for d in (128, 0.5, 0.25, 256, 1, 0.001)] == [128, 128, 64, 256, 1, 1]
 

@@ -2,28 +2,15 @@
 
 from torch import Tensor, nn
 
-from dclip_qdrant.contrast import cosine_logits, divergence, positives
+from dclip_qdrant.contrast import cosine_logits, divergence, positives, prefix
 from dclip_qdrant.encoded import Encoded
-
-
-def prefix(length: int | float, width: int) -> int:
-    """How many components: a whole number, or below 1 that part of `width`.
-
-    Raises:
-        ValueError: neither, or more than `width`.
-    """
-    if not (length > 0 and (length < 1 or int(length) == length)):
-        raise ValueError(f"length {length} must be a whole number of components, or a part of them between 0 and 1")
-    if length > width:
-        raise ValueError(f"length {length} is more than the student's {width}")
-    return int(length) if length >= 1 else max(1, round(length * width))
 
 
 class Matryoshka(nn.Module):
     """L = mean over d in `dims` of KL(labels * Y + (1 - labels) * softmax(S / tau) || softmax(S_d / tau)), both ways; [N, M] -> scalar.
 
     S_d = cos of the first d components. labels = 1 is the paper's sum of contrastive losses over prefixes (up to a constant); 0 asks each prefix for
-    the order that the whole vector gives, which is what recall through an index counts (ours). `dims`: see `prefix`.
+    the order that the whole vector gives, which is what recall through an index counts (ours). `dims`: see `contrast.prefix`.
     """
 
     def __init__(

@@ -4,9 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dclip_qdrant.contrast import cosine_logits, divergence, positives
+from dclip_qdrant.contrast import cosine_logits, divergence, positives, prefix
 from dclip_qdrant.encoded import Encoded
-from dclip_qdrant.objectives.matryoshka import prefix
 
 QUANTILE = 0.99  # what our collections ask Qdrant's scalar quantisation for
 LEVELS = 127  # Qdrant's int8 codes run from 0 to 127
@@ -16,7 +15,7 @@ class Quantised(nn.Module):
     """L = KL(labels * Y + (1 - labels) * softmax(S / tau) || softmax(S_q / tau)), both ways; [N, M] -> scalar.
 
     S_q compares vectors after quantisation: `int8` clips to the batch's 0.99 quantile range and rounds to 128 levels, as Qdrant's scalar quantisation
-    does; `binary` keeps the signs. `dim` first cuts to a `prefix`. Rounding passes its gradient straight through (Bengio et al. 2013); the sign passes
+    does; `binary` keeps the signs. `dim` first cuts to a `contrast.prefix`. Rounding passes its gradient straight through (Bengio et al. 2013); the sign passes
     that of tanh(sharpness * sqrt(D) * x), x a unit vector, so that components far from zero rest. `query`: binary compares signs with signs, as Qdrant
     does unless told otherwise; float keeps the text side whole (asymmetric, Qdrant's scalar query encoding).
     """

@@ -23,10 +23,12 @@ import report
 import scenes
 from ray_head import RayHead
 
+from dclip_qdrant.cluster import CPU_SETTINGS
+
 OUT = ROOT / "demo"
 SIZES = {"train": 1000, "val": 300, "test": 600}
 BIN = Path(sys.executable).parent
-ENV = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled", "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "YOLO_OFFLINE": "true",
+ENV = {**CPU_SETTINGS, **os.environ, "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled", "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "YOLO_OFFLINE": "true",
        "RAY_DATA_DISABLE_PROGRESS_BARS": "1"}  # fmt: skip
 BEGAN = time.monotonic()
 

@@ -116,7 +116,7 @@ def test_teacher_loss_is_cross_entropy_plus_promptsrcs_terms(tower, rng):
     image, text = unit(task.modules(tower.normalised(batch.pixels))), unit(task.objectives())
     plain = unit(tower.encode_image(tower.normalised(batch.pixels)))
     old = unit(tower.encode_text(tower.tokens(["a photo of a star.", "a photo of a moon."])))
-    logits, was = 100 * image @ text.T, 100 * plain @ old.T
+    logits, was = image @ text.T / 0.07, plain @ old.T / 0.07  # a new open_clip model's temperature, CLIP's at its start
     ce = -logits.log_softmax(1)[torch.arange(4), torch.tensor(labels)].mean()
     kl = (logits.softmax(1) * 0 + was.softmax(1) * (was.log_softmax(1) - logits.log_softmax(1))).sum(1).mean() / 2
     assert loss.item() == pytest.approx((ce + 25 * (text - old).abs().mean() + 10 * (image - plain).abs().mean() + kl).item(), rel=1e-4)
@@ -127,7 +127,7 @@ def test_student_loss_is_kl_plus_alignment_and_needs_no_label(tower, rng):
     pixels = rng.integers(0, 255, (4, 32, 32, 3), dtype=np.uint8)
     unit = lambda x: F.normalize(x, dim=-1)
     teacher, texts = unit(torch.randn(4, 6)), unit(torch.randn(3, 6))
-    task = comkd.UnlabelledStudent(tower, pixels, teacher.numpy(), texts, lr=1e-3, align=2.0)
+    task = comkd.UnlabelledStudent(tower, pixels, teacher.numpy(), texts, scale=100.0, lr=1e-3, align=2.0)
     with torch.no_grad():
         task.student.attention.alpha.fill_(0.5)
     batch = task.batch(np.arange(4), 0)

@@ -21,8 +21,6 @@ from dclip_qdrant.objectives.edu_attention import Attention, refine
 from dclip_qdrant.objectives.moment_alignment import moments
 from dclip_qdrant.training.loop import Vectors
 
-TEMPERATURE = 0.01  # CLIP's own logit scale of 100
-
 
 @dataclass
 class Batch:
@@ -55,7 +53,7 @@ class PromptedTeacher(_Pictures):
 
     def __init__(self, tower: TwoTower, pixels: np.ndarray, labels: np.ndarray, names: list[str], *, lr: float, depth: int = 9, device: str = "cpu") -> None:
         super().__init__(pixels, device)
-        self.tower, self.labels, self.lr = tower.to(device), labels, lr
+        self.tower, self.labels, self.lr, self.scale = tower.to(device), labels, lr, tower.logit_scale.item()
         self.modules: nn.Module = ImagePrompts(self.tower, depth=depth).to(device)
         self.objectives: nn.Module = TextPrompts(self.tower, names, depth=depth).to(device)
         with torch.no_grad():
@@ -74,7 +72,7 @@ class PromptedTeacher(_Pictures):
     def loss(self, live: Vectors, fixed: Vectors) -> tuple[Tensor, dict[str, float]]:
         image, text = F.normalize(live["image"], dim=-1), F.normalize(self.objectives(), dim=-1)
         plain = F.normalize(fixed["plain"], dim=-1)
-        logits, was = image @ text.T / TEMPERATURE, plain @ self.plain_text.T / TEMPERATURE
+        logits, was = self.scale * image @ text.T, self.scale * plain @ self.plain_text.T
         ce = F.cross_entropy(logits, fixed["label"].long())
         keep = 25 * (text - self.plain_text).abs().mean() + 10 * (image - plain).abs().mean()
         keep = keep + F.kl_div(logits.log_softmax(-1), was.log_softmax(-1), log_target=True, reduction="batchmean") / logits.shape[1]
@@ -95,8 +93,10 @@ class Projector(nn.Module):
 class Student(nn.Module):
     """What is left at inference: the student's image tower with its prompts, the projector, the attention over stored class texts."""
 
-    def __init__(self, tower: TwoTower, teacher_dim: int, *, depth: int = 9) -> None:
+    def __init__(self, tower: TwoTower, teacher_dim: int, *, scale: float, depth: int = 9) -> None:
+        """`scale`: the teacher's own logit scale, 1 / tau of both."""
         super().__init__()
+        self.scale = scale
         self.prompts, self.projector, self.attention = ImagePrompts(tower, depth=depth), Projector(tower.dim, teacher_dim), Attention(teacher_dim)
 
     def project(self, pixels: Tensor) -> Tensor:
@@ -105,22 +105,22 @@ class Student(nn.Module):
 
     def logits(self, projected: Tensor, texts: Tensor) -> Tensor:
         """u_s [B, D_t] and unit class texts [C, D_t] -> [B, C] through f_e = u_s + alpha f_att."""
-        return self.attention(projected, texts) @ texts.T / TEMPERATURE
+        return self.attention(projected, texts) @ texts.T * self.scale
 
 
 class UnlabelledStudent(_Pictures):
     """Stage 2. L = KL(softmax(u_t W^T / tau) || softmax(f_e W^T / tau)) + L_align, weights 1 : 1 as in the paper's notes.
 
-    `teacher`: u_t, unit vectors [N, D_t] of the same pictures; `texts`: the stored class texts [C, D_t], unit vectors.
+    `teacher`: u_t, unit vectors [N, D_t] of the same pictures; `texts`: the stored class texts [C, D_t], unit vectors; `scale`: 1 / tau, the teacher's own.
     """
 
     def __init__(
-        self, tower: TwoTower, pixels: np.ndarray, teacher: np.ndarray, texts: Tensor, *, lr: float, axis: str = "batch", align: float = 1.0, attention: bool = True,
+        self, tower: TwoTower, pixels: np.ndarray, teacher: np.ndarray, texts: Tensor, *, scale: float, lr: float, axis: str = "batch", align: float = 1.0, attention: bool = True,
         depth: int = 9, device: str = "cpu",
     ) -> None:  # fmt: skip
         super().__init__(pixels, device)
         self.tower, self.teacher, self.texts, self.lr, self.axis, self.align = tower.to(device), teacher, texts.to(device), lr, axis, align
-        self.student = Student(self.tower, teacher.shape[1], depth=depth).to(device)
+        self.student = Student(self.tower, teacher.shape[1], scale=scale, depth=depth).to(device)
         self.student.attention.requires_grad_(attention)
         self.modules: nn.Module = nn.ModuleList([self.student.prompts, self.student.projector])
         self.objectives: nn.Module = self.student.attention
@@ -136,7 +136,7 @@ class UnlabelledStudent(_Pictures):
 
     def loss(self, live: Vectors, fixed: Vectors) -> tuple[Tensor, dict[str, float]]:
         fused = self.student.attention(live["image"], self.texts)
-        kl = refine(fused, fixed["teacher"], self.texts, TEMPERATURE, 1.0)
+        kl = refine(fused, fixed["teacher"], self.texts, 1 / self.student.scale, 1.0)
         align = moments(live["image"], fixed["teacher"], self.axis)
         return kl + self.align * align, {"kl": kl.item(), "align": align.item()}
 

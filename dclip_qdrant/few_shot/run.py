@@ -83,7 +83,7 @@ def adapt(
     rest = {tower: _pixels(data, split.unlabelled, tower.preprocess) for tower in {t, s}}
     u_t = normalise(comkd.over(first.modules, rest[t], t, device))
     torch.manual_seed(config.seed)
-    second = comkd.UnlabelledStudent(s, rest[s], u_t, texts, lr=config.student_lr, axis=config.axis, align=config.align, attention=config.attention, depth=config.depth,
+    second = comkd.UnlabelledStudent(s, rest[s], u_t, texts, scale=t.logit_scale.item(), lr=config.student_lr, axis=config.axis, align=config.align, attention=config.attention, depth=config.depth,
                                      device=device)  # fmt: skip
     _train(second, config.student_epochs, config, folder / f"student-{mark}", say, "student")
 

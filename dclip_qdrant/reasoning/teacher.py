@@ -12,8 +12,6 @@ from dclip_qdrant.reasoning.examples import Example
 from dclip_qdrant.regions import Regions
 from dclip_qdrant.training.evaluate import encode_texts
 
-TEMPERATURE = 0.01  # CLIP's own logit scale of 100
-
 
 @dataclass
 class Seen:
@@ -63,25 +61,25 @@ def look(tower: TwoTower, pictures: Sequence[str | bytes], detector, *, size: in
 
 
 def confidences(tower: TwoTower, examples: Sequence[Example], seen: Seen, *, batch: int = 256, device: str = "cpu") -> np.ndarray:
-    """[N] 0..1: how sure CLIP is of the right answer, without training. Ours, where the paper's text could not be read:
+    """[N] 0..1: how sure CLIP is of the right answer, without training, at its own logit scale. Ours, where the paper's text could not be read:
 
     - choices: the softmax over them of cos(picture, choice) at the right one;
     - otherwise p, the softmax probability of the example's statement among those of `batch` examples in order, its own picture given; p where the statement
       is true, 1 - p where it is false, 1/2 where neither is known.
     """
     out = np.zeros(len(examples), np.float32)
-    unit = metrics.normalise
+    unit, scale = metrics.normalise, tower.logit_scale.item()
     image = unit(seen.image)
     for start in range(0, len(examples), batch):
         part = examples[start : start + batch]
         rows = np.array([seen.number[e.picture] for e in part])
         said = unit(encode_texts(tower, [e.statement or e.text for e in part], device))
-        logits = image[rows] @ said.T / TEMPERATURE
+        logits = image[rows] @ said.T * scale
         p = np.exp(logits - logits.max(1, keepdims=True))
         own = (p / p.sum(1, keepdims=True))[np.arange(len(part)), np.arange(len(part))]
         for j, e in enumerate(part):
             if e.choices:
-                score = image[rows[j]] @ unit(encode_texts(tower, list(e.choices), device)).T / TEMPERATURE
+                score = image[rows[j]] @ unit(encode_texts(tower, list(e.choices), device)).T * scale
                 out[start + j] = np.exp(score[e.label] - score.max()) / np.exp(score - score.max()).sum()
             else:
                 out[start + j] = 0.5 if e.truth is None else own[j] if e.truth else 1 - own[j]

@@ -30,6 +30,7 @@ SIZES = {"train": 1000, "val": 300, "test": 600}
 BIN = Path(sys.executable).parent
 ENV = {**CPU_SETTINGS, **os.environ, "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled", "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "YOLO_OFFLINE": "true",
        "RAY_DATA_DISABLE_PROGRESS_BARS": "1"}  # fmt: skip
+LOW_SHOT = ("unlabelled=true", "weight=1", "batch_size=32", "adapt_epochs=5", "finetune_epochs=20")  # docs/results.md
 BEGAN = time.monotonic()
 
 
@@ -68,14 +69,14 @@ def long_form(head: RayHead, detector: Path) -> None:
          "--report", OUT / "compare.md", show=True, ok=(0, 3))  # fmt: skip
     step("ComKD-CLIP's own task: half of the shapes labelled, the others new")
     call(*submit, "ray_jobs/adapt.py", "--labelled", OUT / "labelled", "--teacher", HERE / "base", "--student", HERE / "base", "--out", OUT / "adapted", "--set", "depth=4", show=True)
-    step("CLIP-TD's own task: 200 questions and statements about scenes")
-    for subset, count, start in (("train", 2000, 3_000_000), ("test", 500, 4_000_000)):
+    step("CLIP-TD's own task: 200 answered statements and questions about scenes, 1,800 without answers")
+    for subset, count, start in (("train", 2000, 3_000_000), ("test", 1000, 4_000_000)):
         if not (OUT / "questions" / f"snli_ve_{subset}.jsonl").exists():
             questions.write(OUT / "questions", count, start=start, subset=subset)
     files = lambda subset: ",".join(str(OUT / "questions" / f"v2_{kind}_{subset}_{what}.json") for kind, what in (("OpenEnded_mscoco", "questions"), ("mscoco", "annotations")))
     for task, train, test in (("vqa", files("train"), files("test")), ("snli_ve", *(OUT / "questions" / f"snli_ve_{s}.jsonl" for s in ("train", "test")))):
         call(*submit, "ray_jobs/clip_td.py", "--task", task, "--train", train, "--test", test, "--images", OUT / "questions" / "images", "--teacher", HERE / "base", "--detector", "yolo",
-             "--weights", detector, "--out", OUT / f"clip_td-{task}", "--part", "0.1", "--seeds", "0,1,2", show=True)  # fmt: skip
+             "--weights", detector, "--out", OUT / f"clip_td-{task}", "--part", "0.1", *(f for s in LOW_SHOT for f in ("--set", s)), show=True)  # fmt: skip
 
 
 def main() -> None:

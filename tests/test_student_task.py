@@ -223,3 +223,14 @@ def test_every_recipe_trains_a_step_and_the_student_changes(tiny_base, cache, tm
     moved = {n for n in after if not torch.equal(after[n], before[n])}
     assert any(n.startswith("visual.") for n in moved)
     assert any(not n.startswith("visual.") for n in moved) == (small.student.text != "frozen")
+
+
+@pytest.mark.parametrize("name", [n for n in names() if Recipe.load(n).index.objectives])
+def test_a_recipes_rotation_is_learned_at_any_width(name, rng):
+    from dclip_qdrant.training import rotation
+
+    cfg = Recipe.load(name).index.model_copy(update={"steps": 2, "batch_size": 16})
+    for width in (6, 32):
+        image, text = rng.normal(size=(2, 20, width)).astype(np.float32)
+        turn, _said = rotation.learn(image, text, np.arange(20), cfg, seed=0)
+        torch.testing.assert_close(turn @ turn.T, torch.eye(width).double(), atol=1e-5, rtol=0)

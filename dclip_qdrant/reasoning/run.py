@@ -63,7 +63,7 @@ def run(
         return json.loads(done.read_text())
     tower = two_tower.load(teacher).to(device)
     pictures = lambda sets: [e.picture for examples in sets for e in examples]
-    sight = seen() if seen else look(tower, pictures([train, unlabelled]), detector, size=config.image_size, top_k=config.top_k, plain=pictures(tests.values()), device=device)
+    sight = seen() if seen else look(tower, pictures([train, unlabelled]), detector, size=config.image_size, top_k=config.top_k, plain=pictures(tests.values()), device=device, say=say)
     make = lambda examples, target, **more: Reasoning(examples, sight, tower, config, target=target, soft=task == "vqa", device=device, **more)
     target = _targets(task, train, answers)
     points = folder / f"{task}-{mark}"
@@ -132,7 +132,7 @@ def protocol(
     def seen() -> Seen:
         learned = [e.picture for sets in ([{n: stay for n, (stay, _) in held.items()}] if config.unlabelled else few.values()) for examples in sets.values() for e in examples]
         asked = [e.picture for sets in tests.values() for examples in sets.values() for e in examples]
-        return look(two_tower.load(teacher).to(device), learned, finder, size=config.image_size, top_k=config.top_k, plain=asked, device=device)
+        return look(two_tower.load(teacher).to(device), learned, finder, size=config.image_size, top_k=config.top_k, plain=asked, device=device, say=say)
 
     rows = []
     for part in parts:

@@ -1,6 +1,7 @@
 """What a frozen CLIP says of an example: vectors of picture, crops, sentence and words to distil, and how sure it is of the right answer."""
 
-from collections.abc import Collection, Sequence
+import time
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,7 +27,8 @@ class Seen:
 
 
 @torch.no_grad()
-def look(tower: TwoTower, pictures: Sequence[str | bytes], detector, *, size: int, top_k: int = 4, plain: Collection[str | bytes] = (), device: str = "cpu") -> Seen:
+def look(tower: TwoTower, pictures: Sequence[str | bytes], detector, *, size: int, top_k: int = 4, plain: Collection[str | bytes] = (), device: str = "cpu",
+         say: Callable[[str], None] = lambda line: None) -> Seen:  # fmt: skip
     """Decodes, finds regions and embeds each picture and its crops. `size`: pixels a side of the student's input, to which the whole picture is squashed.
 
     Of `plain` pictures (nothing is learned from them) only the pixels are taken: no regions, vectors of zeros.
@@ -39,7 +41,11 @@ def look(tower: TwoTower, pictures: Sequence[str | bytes], detector, *, size: in
     number = {p: i for i, p in enumerate(dict.fromkeys([*pictures, *(p for p in plain if p not in known)]))}
     pixels, whole, crops = [], np.zeros((len(number), tower.dim), np.float32), [np.zeros((0, tower.dim), np.float32)]
     boxes, mask = np.zeros((len(number), top_k, 4), np.float32), np.zeros((len(number), top_k), bool)
+    said = time.monotonic()
     for start in range(0, len(number), 64):
+        if time.monotonic() - said > 10:
+            said = time.monotonic()
+            say(f"the teacher looked at {start:,} of {len(number):,} pictures")
         loaded = [images.open_rgb(p if isinstance(p, bytes) else images.read(p), p if isinstance(p, str) else "picture") for p in list(number)[start : start + 64]]
         pixels += [small.pixels(image) for image in loaded]
         loaded = loaded[: max(0, len(known) - start)]

@@ -57,7 +57,7 @@ def main(task, train, test, images, test_images, teacher, out, parts, shift, det
         spread = lambda v: statistics.stdev(v) if len(v) > 1 else None
         rows.append({"method": r["method"], "examples": r["examples"]} | {k: (statistics.mean(v), spread(v)) for k, v in r["figures"].items()})
     (UPath(where(out, "--out")) / "clip_td.json").write_text(json.dumps(results, indent=1) + "\n")
-    print("\n" + run.table(rows))
+    print("\n" + "\n".join([run.table(rows), "", *run.compared(results)]))
 
 
 def _read(task, files, images):

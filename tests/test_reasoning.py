@@ -50,7 +50,7 @@ def test_soft_scores_are_by_normalised_answer():
 def test_vcr_figures_by_hand():
     # right answers: 1st, 2nd, 4th of four; right rationales: 1st, 3rd, 4th; both: 1st, 4th
     out = scores.vcr(np.array([0, 1, 2, 3]), np.array([1, 1, 1, 1]), np.array([0, 1, 3, 3]), np.array([1, 0, 1, 1]))
-    assert out == {"q->a": 0.75, "qa->r": 0.75, "q->ar": 0.5}
+    assert {k: v.tolist() for k, v in out.items()} == {"q->a": [True, True, False, True], "qa->r": [True, False, True, True], "q->ar": [True, False, False, True]}
 
 
 # --- readers
@@ -359,7 +359,7 @@ def test_confidences_by_hand(tiny_base):
 
 
 def test_vcr_runs_and_is_scored_together(tiny_base, tmp_path, rng):
-    from dclip_qdrant.reasoning.run import protocol
+    from dclip_qdrant.reasoning.run import compared, protocol
     from dclip_qdrant.reasoning.task import Config
 
     rows = []
@@ -373,3 +373,9 @@ def test_vcr_runs_and_is_scored_together(tiny_base, tmp_path, rng):
     assert [r["method"] for r in out] == ["task alone", "naive distillation", "clip_td"]
     assert set(out[0]["figures"]) == {"q->a", "qa->r", "q->ar", "q->a, shifted", "qa->r, shifted", "q->ar, shifted"}
     assert out[0]["figures"]["q->ar"][0] <= min(out[0]["figures"]["q->a"][0], out[0]["figures"]["qa->r"][0])
+    assert "differences" not in out[0]
+    for name, found in out[2]["differences"].items():
+        assert found["difference"] == pytest.approx(out[2]["figures"][name][0] - out[0]["figures"][name][0])
+        assert found["ci"][0] <= found["difference"] <= found["ci"][1]
+    assert compared([{"method": "clip_td", "examples": 1200, "differences": {"vqa": {"difference": 0.0421, "ci": [0.011, 0.07]}}}]) == [
+        "clip_td minus task alone, 1,200 examples, vqa: +4.2 points, 95% [+1.1, +7.0]"]  # fmt: skip

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from upath import UPath
 
+from dclip_qdrant import metrics
 from dclip_qdrant.models import two_tower
 from dclip_qdrant.reasoning import scores
 from dclip_qdrant.reasoning.examples import Example, targets, vocabulary
@@ -27,13 +28,13 @@ def answers_of(task: str, train: Sequence[Example], size: int = 3129) -> list[st
     return {"vqa": lambda: vocabulary(train, size), "snli_ve": lambda: list(ENTAILMENT), "vcr": list}[task]()
 
 
-def figure(task: str, picked: np.ndarray, examples: Sequence[Example], answers: Sequence[str]) -> float:
-    """VQA: mean soft accuracy of the picked answers; others: accuracy. picked [N]: numbers of answers or choices."""
+def each(task: str, picked: np.ndarray, examples: Sequence[Example], answers: Sequence[str]) -> np.ndarray:
+    """[N] how right each pick is: VQA's soft accuracy, else 0 or 1; a task's figure is the mean. picked [N]: numbers of answers or choices."""
     if task == "vqa":
-        return float(np.mean([scores.soft_accuracy(answers[p], e.answers) for p, e in zip(picked, examples, strict=True)]))
+        return np.array([scores.soft_accuracy(answers[p], e.answers) for p, e in zip(picked, examples, strict=True)])
     if task == "snli_ve":
-        return float(np.mean([answers[p] in e.soft for p, e in zip(picked, examples, strict=True)]))
-    return float(np.mean([p == e.label for p, e in zip(picked, examples, strict=True)]))
+        return np.array([float(answers[p] in e.soft) for p, e in zip(picked, examples, strict=True)])
+    return np.array([float(p == e.label) for p, e in zip(picked, examples, strict=True)])
 
 
 def run(
@@ -87,7 +88,7 @@ def run(
         judge = make(examples, _targets(task, examples, answers), confidence=None)
         judge.student.load_state_dict(learner.student.state_dict())
         picked = judge.scores().argmax(1)
-        result["figures"][name], result["picked"][name] = figure(task, picked, examples, answers), picked.tolist()
+        result["figures"][name], result["picked"][name] = float(each(task, picked, examples, answers).mean()), picked.tolist()
     folder.mkdir(parents=True, exist_ok=True)
     done.write_text(json.dumps(result) + "\n")
     for step in ("task", "adapt", "finetune"):
@@ -110,11 +111,20 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join([*lines, *(f"| {r['examples']:,} | {r['method']} | " + " | ".join(cell(r[n]) for n in names) + " |" for r in rows)])
 
 
+def compared(rows: list[dict[str, Any]]) -> list[str]:
+    """A line for each difference of `protocol`'s rows to the task alone."""
+    return [
+        f"{r['method']} minus task alone, {r['examples']:,} examples, {name}: {100 * d['difference']:+.1f} points, 95% [{100 * d['ci'][0]:+.1f}, {100 * d['ci'][1]:+.1f}]"
+        for r in rows for name, d in r.get("differences", {}).items()
+    ]  # fmt: skip
+
+
 def protocol(
     train: dict[str, Sequence[Example]], test: dict[str, Sequence[Example]], *, teacher: str, detector: tuple[str, dict[str, Any]], out: str, config: Config, parts: Sequence[float] = (1.0,),
     shift: bool = False, seeds: Sequence[int] = (0,), say: Say = lambda line: None, device: str = "cpu",
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Every method at every part of the training examples: [{"method", "part", "examples", "figures": {name: [a figure a seed]}}].
+    """Every method at every part of the training examples: [{"method", "part", "examples", "figures": {name: [a figure a seed]}, "differences": {name: {"difference",
+    "ci"}}}], the last against the task alone, paired over test examples with seeds averaged.
 
     `train` and `test` by sub-task: {"vqa": ...}, {"snli_ve": ...}, or VCR's {"q->a": ..., "qa->r": ...}, which are trained apart and scored together (Q->AR).
     With `shift` whole groups are held out of training and measured as "shifted".
@@ -138,6 +148,7 @@ def protocol(
     for part in parts:
         for method, distill in METHODS.items():
             row: dict[str, Any] = {"method": method, "part": part, "examples": 0, "figures": {}}
+            right: dict[str, list[np.ndarray]] = {}
             for seed in seeds:
                 cfg = config.model_copy(update={"distill": distill, "seed": seed})
                 picked: dict[str, dict[str, Any]] = {}
@@ -148,15 +159,20 @@ def protocol(
                     picked[name] = run(kind(name), examples, tests[name], teacher=teacher, detector=finder, out=out, config=cfg, say=line, device=device, unlabelled=others, seen=seen)
                     row["examples"] = len(examples)
                 for where in next(iter(tests.values())):
-                    for key, value in _together(picked, tests, where).items():
-                        row["figures"].setdefault(key if where == "test" else f"{key}, {where}", []).append(value)
+                    for key, value in _together(picked, few[part, seed], tests, where).items():
+                        right.setdefault(key if where == "test" else f"{key}, {where}", []).append(value)
+            row["figures"] = {key: [float(v.mean()) for v in values] for key, values in right.items()}
+            if distill == "none":
+                alone = right
+            else:
+                row["differences"] = {key: metrics.paired_difference(np.mean(alone[key], 0), np.mean(values, 0)) for key, values in right.items()}
             rows.append(row)
     return rows
 
 
-def _together(picked: dict[str, dict[str, Any]], tests: dict[str, dict[str, Sequence[Example]]], where: str) -> dict[str, float]:
-    """The figures of one test set; VCR's three from its two sub-tasks, whose examples stand in the same order."""
+def _together(picked: dict[str, dict[str, Any]], train: dict[str, Sequence[Example]], tests: dict[str, dict[str, Sequence[Example]]], where: str) -> dict[str, np.ndarray]:
+    """How right each example of one test set is, by figure; VCR's three from its two sub-tasks, whose examples stand in the same order."""
     if "q->a" not in picked:
-        return {name: p["figures"][where] for name, p in picked.items()}
+        return {name: each(name, np.array(p["picked"][where]), tests[name][where], answers_of(name, train[name])) for name, p in picked.items()}
     label = lambda name: np.array([e.label for e in tests[name][where]])
     return scores.vcr(*(np.array(picked[n]["picked"][where]) for n in ("q->a", "qa->r")), label("q->a"), label("qa->r"))

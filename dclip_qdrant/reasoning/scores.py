@@ -47,7 +47,7 @@ def normalise_answer(answer: str) -> str:
     return " ".join(_CONTRACTIONS.get(w, w) for w in words if w not in _ARTICLES)
 
 
-def vcr(answer: np.ndarray, rationale: np.ndarray, answer_label: np.ndarray, rationale_label: np.ndarray) -> dict[str, float]:
-    """Picks [N] and right ones [N] -> Q->A, QA->R (the right answer given), and Q->AR, where both must be right."""
+def vcr(answer: np.ndarray, rationale: np.ndarray, answer_label: np.ndarray, rationale_label: np.ndarray) -> dict[str, np.ndarray]:
+    """Picks [N] and right ones [N] -> which examples [N] are right in Q->A, in QA->R (the right answer given), and in Q->AR, where both must be. Figures are means."""
     a, r = np.asarray(answer) == np.asarray(answer_label), np.asarray(rationale) == np.asarray(rationale_label)
-    return {"q->a": float(a.mean()), "qa->r": float(r.mean()), "q->ar": float((a & r).mean())}
+    return {"q->a": a, "qa->r": r, "q->ar": a & r}

@@ -69,9 +69,10 @@ def recipe_figures(result: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def update_figures(result: dict[str, Any], path: Path) -> None:
-    """Puts a suite's figures into the file, in the place of the same suite's older ones."""
-    old = json.loads(path.read_text()) if path.exists() else []
-    path.write_text(json.dumps([f for f in old if f["suite"] != result["suite"]] + recipe_figures(result), indent=1) + "\n")
+    """Puts a suite's figures into the file, each in the place of the older one of its suite, group and recipe; a part of a suite leaves the rest as it is."""
+    key = lambda f: (f["suite"], f["group"], f["recipe"])
+    old = {key(f): f for f in (json.loads(path.read_text()) if path.exists() else [])}
+    path.write_text(json.dumps(list((old | {key(f): f for f in recipe_figures(result)}).values()), indent=1) + "\n")
 
 
 def verdict(ci: list[float]) -> str:

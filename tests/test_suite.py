@@ -98,16 +98,18 @@ def test_a_section_is_replaced_and_the_rest_of_the_file_stays(tmp_path):
     assert (tmp_path / "docs" / "mine-0.png").stat().st_size > 1000
 
 
-def test_figures_for_recipes_show_replace_the_suites_older_ones(tmp_path):
+def test_figures_for_recipes_show_replace_their_older_ones_and_no_others(tmp_path):
     from dclip_qdrant.suite_report import update_figures
 
     path = tmp_path / "figures.json"
-    path.write_text(json.dumps([{"suite": "mine", "recipe": "old"}, {"suite": "other", "recipe": "x"}]))
+    (title,) = (g["title"] for g in result()["groups"])
+    old = [("mine", title, "sft"), ("mine", title, "another"), ("mine", "another group", "sft"), ("other", title, "sft")]
+    path.write_text(json.dumps([{"suite": s, "group": g, "recipe": r, "seconds": 0.0} for s, g, r in old]))
     update_figures(result(), path)
     out = json.loads(path.read_text())
-    assert [(f["suite"], f["recipe"]) for f in out] == [("other", "x"), ("mine", "sft")]
-    assert out[1]["seconds"] == 12.0
-    assert out[1]["differences"] == [{"than": "base", "difference": 0.02, "ci": [0.01, 0.03]}]
+    assert [(f["suite"], f["group"], f["recipe"]) for f in out] == old  # what a part of a suite did not measure again stays
+    assert [f["seconds"] for f in out] == [12.0, 0.0, 0.0, 0.0]
+    assert out[0]["differences"] == [{"than": "base", "difference": 0.02, "ci": [0.01, 0.03]}]
 
 
 def test_what_a_leak_was_worth_is_said():

@@ -141,8 +141,7 @@ def map_pairs(
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     size = pool_size(actors)
-    # small blocks: progress shows and pools fill without waiting for a whole file
-    ds = ray.data.read_parquet([str(f) for f in pairs.files], columns=columns or READ_COLUMNS, override_num_blocks=max(1, total // 256))
+    ds = ray.data.read_parquet([str(f) for f in pairs.files], columns=columns or READ_COLUMNS)
     if have:
         keys = ray.put(have)
 
@@ -151,6 +150,8 @@ def map_pairs(
             return table.filter(pa.array([k not in known for k in table["key"].to_pylist()], pa.bool_()))
 
         ds = ds.map_batches(fresh, batch_format="pyarrow", zero_copy_batch=True)
+    # small blocks: all actors have work and progress shows (Ray 2.60 reads all files into one block, whatever override_num_blocks says: one actor did everything)
+    ds = ds.repartition(target_num_rows_per_block=max(batch, min(256, todo // (4 * size))))
     ds = ds.map_batches(
         actor, fn_constructor_kwargs={**kwargs, "out": str(out), "threads": threads_for(size)}, batch_format="pyarrow", batch_size=batch, num_cpus=1,
         num_gpus=1 if gpus() else None, compute=ray.data.ActorPoolStrategy(size=size),

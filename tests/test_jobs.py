@@ -40,6 +40,7 @@ def test_extract_regions_with_yolo_previews_and_resumes(pairs_folder, tmp_path):
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     facts = json.loads(done.stdout.splitlines()[-1])
     assert facts["pictures"] == 60
+    assert "won't fully utilize" not in done.stderr  # Ray Data, when there are fewer blocks than actors
     # the detector's mAP50 is 0.99 on such scenes, which hold 2 to 4 things
     assert 2 * 60 <= facts["boxes"] <= 5 * 60
     stage = Path(facts["stage"])

@@ -25,7 +25,7 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup      ## the whole way on a rendered data set; writes demo/report.html
 	$(BIN)/python examples/demo/run.py
 
-demo-long: setup ## the demo, then every recipe and the papers' own tasks on scenes (over an hour on 2 slow cores)
+demo-long: setup ## the demo, then every recipe and the papers' own tasks on scenes (most of an hour on 2 slow cores)
 	$(BIN)/python examples/demo/run.py --long
 
 test: setup      ## everything

@@ -31,6 +31,18 @@ def test_the_cosine_is_the_equations(rng):
             assert got[n, m] == pytest.approx(i @ p @ t / np.sqrt(left * right), abs=1e-6)
 
 
+def test_vectors_are_turned_as_little_as_can_be(rng):
+    """The sum of both maps is symmetric and has no negative eigenvalue: what solves the Procrustes problem. Signs and halves of vectors stay usable."""
+    image, text = unit(rng, 400, 32), unit(rng, 600, 32)
+    a, b = (m.numpy() for m in hubness.maps(image, text, 1 / 16, 20.0))
+    both = a + b
+    assert both == pytest.approx(both.T, abs=1e-8)
+    assert np.linalg.eigvalsh(both).min() > -1e-8
+    moved = normalise(image @ a)
+    assert (np.sign(moved) == np.sign(image)).mean() > 0.8
+    assert np.mean([np.corrcoef(moved[:, d], image[:, d])[0, 1] for d in range(32)]) > 0.8
+
+
 def test_by_hand():
     """All captions along x, all pictures along y: k = 1. A picture halfway between is as long as sqrt(1 + 8 x 1/2)."""
     image, text = np.tile([0.0, 1.0, 0, 0], (5, 1)), np.tile([1.0, 0.0, 0, 0], (5, 1))

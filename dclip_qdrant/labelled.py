@@ -6,6 +6,7 @@ import pyarrow.parquet as pq
 from upath import UPath
 
 from dclip_qdrant import images
+from dclip_qdrant.arrow_file import opened
 from dclip_qdrant.errors import InputError, UsageError
 
 PROMPT = "a photo of a {}."  # CLIP's single prompt; DCLIP's evaluation uses it too (papers.md 1.4)
@@ -31,7 +32,7 @@ class Labelled:
                 if f.suffix.lower() in images.SUFFIXES
             ]
         elif root.is_file():
-            with root.open("rb") as f:
+            with opened(root) as f:
                 try:
                     table = pq.read_table(f)
                 except Exception as e:

@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 from upath import UPath
 
 from dclip_qdrant import contracts, metrics
+from dclip_qdrant.arrow_file import opened
 from dclip_qdrant.cluster import map_pairs
 from dclip_qdrant.detectors import build
 from dclip_qdrant.errors import InputError
@@ -330,7 +331,7 @@ def teacher_cache(stage: Stage, features: Stage, *, base: str, teacher: UPath, a
 
             counts = []
             for name in batch["file"]:
-                with UPath(str(name)).open("rb") as f:
+                with opened(UPath(str(name))) as f:
                     counts.append(
                         self.write(
                             pq.read_table(f, columns=["key", "view", "crop", "flip", "split", "captions", "image", "trunk", "regions"])

@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from upath import UPath
 
+from dclip_qdrant.arrow_file import opened
 from dclip_qdrant.contracts import Contract
 from dclip_qdrant.errors import InputError
 
@@ -68,7 +69,7 @@ def parts(folder: UPath, contract: Contract, columns: list[str]) -> Iterator[pa.
     """The parts of a stage, checked against the contract, one table each, in order of name."""
     files = sorted(folder.glob("part-*.parquet"), key=str) if folder.exists() else []
     for file in files:
-        with file.open("rb") as f:
+        with opened(file) as f:
             try:
                 contract.check(pq.read_schema(f), file, columns)
             except pa.ArrowInvalid as e:

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 from upath import UPath
 
 from dclip_qdrant import images
+from dclip_qdrant.arrow_file import opened
 from dclip_qdrant.contracts import PAIRS
 from dclip_qdrant.errors import InputError, SchemaError, UsageError
 
@@ -44,7 +45,7 @@ class Pairs:
         else:
             raise UsageError(path, "no such file or folder", "a pairs folder", _MAKE)
         for file in files:
-            with file.open("rb") as f:
+            with opened(file) as f:
                 try:
                     schema = pq.read_schema(f)
                 except pa.ArrowInvalid as e:
@@ -64,7 +65,7 @@ class Pairs:
         """The named columns, of the named splits, in file order."""
         parts = []
         for file in self.files:
-            with file.open("rb") as f:
+            with opened(file) as f:
                 table = pq.read_table(f, columns=[*columns, *({"split"} - set(columns))])
             if splits:
                 table = table.filter(pc.is_in(table["split"], pa.array(splits)))
@@ -74,7 +75,7 @@ class Pairs:
     def rows(self, columns: list[str], splits: tuple[str, ...] | None = None, batch: int = 64) -> Iterator[list[dict[str, Any]]]:
         """Lists of at most `batch` rows, without ever holding more than one file's row group."""
         for file in self.files:
-            with file.open("rb") as f:
+            with opened(file) as f:
                 for part in pq.ParquetFile(f).iter_batches(batch_size=batch, columns=[*columns, *({"split"} - set(columns))]):
                     rows = [r for r in part.to_pylist() if not splits or r["split"] in splits]
                     if rows:

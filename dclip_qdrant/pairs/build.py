@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from upath import UPath
 
 from dclip_qdrant import images
+from dclip_qdrant.arrow_file import opened
 from dclip_qdrant.contracts import PAIRS
 from dclip_qdrant.errors import DclipError, ImageError, InputError, LeakError, UsageError
 from dclip_qdrant.pairs.readers import Found, read_any
@@ -104,7 +105,7 @@ def build(
         counts["train"] -= len(dropped)
         rejects += [{"key": k, "path": u, "reason": "stands in val or test too (same decoded pixels)"} for k, u in dropped]
     for file in files:
-        with file.open("rb") as f:
+        with opened(file) as f:
             for row in pq.read_table(f, columns=["key", "pixel_hash", "captions", "split"]).to_pylist():
                 fingerprint.update(json.dumps(row, sort_keys=True).encode())
     with (part / "rejects.jsonl").open("w") as f:
@@ -187,7 +188,7 @@ def _rewrite(file: UPath, table: pa.Table) -> None:
 def _carve_val(files: list[UPath], seed: int, fraction: float, where: dict[str, dict[str, str]]) -> Counter[str]:
     counts: Counter[str] = Counter()
     for file in files:
-        with file.open("rb") as f:
+        with opened(file) as f:
             table = pq.read_table(f)
         hashes, keys = table["pixel_hash"].to_pylist(), table["key"].to_pylist()
         splits = [
@@ -206,7 +207,7 @@ def _carve_val(files: list[UPath], seed: int, fraction: float, where: dict[str, 
 def _drop_train(files: list[UPath], hashes: set[str]) -> list[tuple[str, str]]:
     dropped = []
     for file in files:
-        with file.open("rb") as f:
+        with opened(file) as f:
             table = pq.read_table(f)
         out = [s == "train" and h in hashes for s, h in zip(table["split"].to_pylist(), table["pixel_hash"].to_pylist(), strict=True)]
         if any(out):

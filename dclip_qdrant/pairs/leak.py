@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from upath import UPath
 
+from dclip_qdrant.arrow_file import opened
 from dclip_qdrant.contracts import PAIRS
 from dclip_qdrant.errors import UsageError
 from dclip_qdrant.pairs import Pairs
@@ -26,7 +27,7 @@ def leak(source: str, out: str, *, share: float) -> int:
     target.mkdir(parents=True, exist_ok=True)
     count = 0
     for number, file in enumerate(pairs.files):
-        with file.open("rb") as f:
+        with opened(file) as f:
             table = pq.read_table(f)
         chosen = [s == "test" and _unit(k) < share for s, k in zip(table["split"].to_pylist(), table["key"].to_pylist(), strict=True)]
         rows = table.filter(pa.array(chosen)).to_pylist()

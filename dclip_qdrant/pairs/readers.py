@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from upath import UPath
 
+from dclip_qdrant.arrow_file import opened
 from dclip_qdrant.errors import InputError, UsageError
 from dclip_qdrant.images import SUFFIXES
 
@@ -260,7 +261,7 @@ def _of_sample(path: UPath, stem: str, sample: dict[str, bytes]) -> Found:
 
 def _parquet(path: UPath, root: UPath) -> Iterator[Found]:
     """Ours, datasets' ({bytes, path}), or any table with a picture column (bytes or paths) and a captions column."""
-    with path.open("rb") as f:
+    with opened(path) as f:
         try:
             file = pq.ParquetFile(f)
         except pa.ArrowInvalid as e:

@@ -140,7 +140,7 @@ def fit(
                 if now - last_said > 10:
                     say(f"epoch {epoch + 1}/{epochs} step {step + 1}/{steps} loss {value:.4f}")
                     last_said = now
-                if step + 1 < steps and now - last_save > checkpoint_s:
+                if now - last_save > checkpoint_s and step + 1 < steps:
                     save(epoch, step + 1)
                     last_save = now
             seconds = time.monotonic() - began

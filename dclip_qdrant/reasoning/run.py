@@ -41,7 +41,7 @@ def run(
     task: str, train: Sequence[Example], tests: dict[str, Sequence[Example]], *, teacher: str, detector: Any, out: str, config: Config | None = None, say: Say = lambda line: None, device: str = "cpu",
     unlabelled: Sequence[Example] = (), seen: Callable[[], Seen] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Trains one student and measures it on every test set; {"figures": {name: figure}, "picked": {name: [N]}, "history": ...}.
+    """Trains one student and measures it on every test set; {"figures": {name: figure}, "picked": {name: [N]}, "right": {name: [N] 0..1}, "history": ...}.
 
     `detector`: pictures -> list of Regions. `unlabelled`: examples whose pictures and texts the first step sees too; their answers stay unread. A killed run resumes; a finished one under the same inputs is read back. `seen`: gives what the teacher saw of
     these pictures (and maybe of others), looked at once for several runs.
@@ -83,12 +83,13 @@ def run(
         learner = make(train, target, confidence=None if sure is None else sure[: len(train)])
         learner.student.load_state_dict(first.student.state_dict())
         history += learn(learner, config.finetune_epochs, "finetune")
-    result: dict[str, Any] = {"figures": {}, "picked": {}, "history": history, "train": len(train)}
+    result: dict[str, Any] = {"figures": {}, "picked": {}, "right": {}, "history": history, "train": len(train)}
     for name, examples in tests.items():
         judge = make(examples, _targets(task, examples, answers), confidence=None)
         judge.student.load_state_dict(learner.student.state_dict())
         picked = judge.scores().argmax(1)
-        result["figures"][name], result["picked"][name] = float(each(task, picked, examples, answers).mean()), picked.tolist()
+        right = each(task, picked, examples, answers)
+        result["figures"][name], result["picked"][name], result["right"][name] = float(right.mean()), picked.tolist(), right.tolist()
     folder.mkdir(parents=True, exist_ok=True)
     done.write_text(json.dumps(result) + "\n")
     for step in ("task", "adapt", "finetune"):
@@ -159,7 +160,7 @@ def protocol(
                     picked[name] = run(kind(name), examples, tests[name], teacher=teacher, detector=finder, out=out, config=cfg, say=line, device=device, unlabelled=others, seen=seen)
                     row["examples"] = len(examples)
                 for where in next(iter(tests.values())):
-                    for key, value in _together(picked, few[part, seed], tests, where).items():
+                    for key, value in _together(picked, tests, where).items():
                         right.setdefault(key if where == "test" else f"{key}, {where}", []).append(value)
             row["figures"] = {key: [float(v.mean()) for v in values] for key, values in right.items()}
             if distill == "none":
@@ -170,9 +171,9 @@ def protocol(
     return rows
 
 
-def _together(picked: dict[str, dict[str, Any]], train: dict[str, Sequence[Example]], tests: dict[str, dict[str, Sequence[Example]]], where: str) -> dict[str, np.ndarray]:
+def _together(picked: dict[str, dict[str, Any]], tests: dict[str, dict[str, Sequence[Example]]], where: str) -> dict[str, np.ndarray]:
     """How right each example of one test set is, by figure; VCR's three from its two sub-tasks, whose examples stand in the same order."""
     if "q->a" not in picked:
-        return {name: each(name, np.array(p["picked"][where]), tests[name][where], answers_of(name, train[name])) for name, p in picked.items()}
+        return {name: np.array(p["right"][where]) for name, p in picked.items()}
     label = lambda name: np.array([e.label for e in tests[name][where]])
     return scores.vcr(*(np.array(picked[n]["picked"][where]) for n in ("q->a", "qa->r")), label("q->a"), label("qa->r"))

@@ -11,7 +11,6 @@ import asyncio
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 import tempfile
@@ -20,6 +19,7 @@ import time
 import httpx
 import numpy as np
 
+from dclip_qdrant.cluster import free_port
 from dclip_qdrant.student import Student
 
 WORDS = ["a", "red", "blue", "green", "ball", "dog", "cat", "house", "on", "the", "left", "of", "two", "big", "small", "striped"]
@@ -100,12 +100,6 @@ def main() -> None:
         ]
     with tempfile.TemporaryFile("w+") as log:
         measure(args, student, alone, subprocess.Popen([*command, "--student", args.student], stdout=log, stderr=log), log)
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def address(server: subprocess.Popen, log) -> str:

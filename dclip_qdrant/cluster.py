@@ -46,14 +46,15 @@ def connect() -> None:
             address="local",
             include_dashboard=True,
             dashboard_host="127.0.0.1",
-            dashboard_port=_free_port(),
+            dashboard_port=free_port(),
             num_cpus=max(4, os.cpu_count() or 1),
             object_store_memory=1 << 30,
             log_to_driver=True,
         )
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of loopback that nothing listens on now."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]

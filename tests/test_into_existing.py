@@ -12,7 +12,7 @@ from dclip_qdrant.errors import MismatchError, StoreError, UsageError
 from dclip_qdrant.ingest import Embedder
 from dclip_qdrant.into_existing import ingest_into
 from dclip_qdrant.search import parse_filter, search
-from dclip_qdrant.stores.qdrant import Server
+from dclip_qdrant.stores.qdrant_server import Server
 from dclip_qdrant.student import Student
 
 

@@ -65,7 +65,7 @@ def standin():
 @pytest.fixture(params=["exact", "edge", "memory", *OLD, "rest-standin", *LIVE])
 def store(request, tmp_path, monkeypatch):
     if request.param in OLD:
-        monkeypatch.setattr("dclip_qdrant.stores.qdrant.Server.version", lambda self: OLD[request.param])
+        monkeypatch.setattr("dclip_qdrant.stores.qdrant_server.Server.version", lambda self: OLD[request.param])
     if request.param in ("rest", "grpc", "rest-standin"):
         url = request.getfixturevalue("standin") if request.param == "rest-standin" else live_url(request.param)
         where = place(url=url, api_key=os.environ.get("QDRANT_API_KEY"))
@@ -250,7 +250,7 @@ def test_edge_keeps_everything_over_a_restart_and_int8_finds_the_same(tmp_path):
 
 
 def test_a_server_that_is_away_is_one_clear_line(monkeypatch):
-    import dclip_qdrant.stores.qdrant as module
+    import dclip_qdrant.stores.qdrant_server as module
 
     monkeypatch.setattr(module.time, "sleep", lambda s: None)
     store = open_store("c", url="http://127.0.0.1:9")
@@ -305,7 +305,8 @@ def test_aliases_are_second_names_that_one_call_moves(kind, tmp_path):
 
 def test_an_older_server_gets_sparse_bm25(monkeypatch):
     """Before 1.20 there is no BM25 over a text index: the words become a sparse vector."""
-    from dclip_qdrant.stores.qdrant import SPARSE, Server
+    from dclip_qdrant.stores.qdrant_server import Server
+    from dclip_qdrant.stores.qdrant_terms import SPARSE
 
     new = fill(open_store("c", url=":memory:"))
     monkeypatch.setattr(Server, "version", lambda self: (1, 17))
@@ -331,15 +332,15 @@ def test_an_older_server_gets_sparse_bm25(monkeypatch):
     ("grpcs://h.example:7000/", {"host": "h.example", "port": 6333, "grpc_port": 7000, "prefer_grpc": True, "https": True}),
 ])  # fmt: skip
 def test_addresses(url, wanted):
-    from dclip_qdrant.stores.qdrant import _address
+    from dclip_qdrant.stores.qdrant_server import client_address
 
-    assert _address(url) == wanted
+    assert client_address(url) == wanted
 
 
 def test_grpc_answers_become_our_errors(monkeypatch):
     import grpc
 
-    from dclip_qdrant.stores import qdrant
+    from dclip_qdrant.stores import qdrant_server
 
     class Said(grpc.RpcError):
         def __init__(self, code):
@@ -351,7 +352,7 @@ def test_grpc_answers_become_our_errors(monkeypatch):
         def details(self):
             return "the reason"
 
-    monkeypatch.setattr(qdrant.time, "sleep", lambda s: None)
+    monkeypatch.setattr(qdrant_server.time, "sleep", lambda s: None)
     server, tries = place(url=":memory:"), []
 
     def refuse(code):
@@ -366,13 +367,13 @@ def test_grpc_answers_become_our_errors(monkeypatch):
     assert len(tries) == 1
     with pytest.raises(StoreError, match="UNAVAILABLE"):
         server.call(refuse(grpc.StatusCode.UNAVAILABLE))
-    assert len(tries) == 1 + qdrant.TRIES
+    assert len(tries) == 1 + qdrant_server.TRIES
 
 
 def test_an_older_servers_metadata_stands_aside_and_follows_aliases(monkeypatch):
-    from dclip_qdrant.stores.qdrant import ASIDE
+    from dclip_qdrant.stores.qdrant_server import ASIDE
 
-    monkeypatch.setattr("dclip_qdrant.stores.qdrant.Server.version", lambda self: (1, 15))
+    monkeypatch.setattr("dclip_qdrant.stores.qdrant_server.Server.version", lambda self: (1, 15))
     where = place(url=":memory:")
     store = where.open("c")
     assert store.metadata() == {}

@@ -106,7 +106,7 @@ def place(*, url: str | None = None, edge: str | None = None, api_key: str | Non
     if (url is None) == (edge is None):
         raise UsageError("store", "both --url and --edge" if url else "neither --url nor --edge", "one of them")
     if url is not None:
-        from dclip_qdrant.stores.qdrant import Server
+        from dclip_qdrant.stores.qdrant_server import Server
 
         return Server(url, api_key=api_key)
     need("qdrant_edge", "an embedded collection (--edge)")

@@ -1,159 +1,22 @@
-"""A Qdrant server, or qdrant-client's in-memory engine for `:memory:`.
+"""A collection on a Qdrant server, or in qdrant-client's in-memory engine for `:memory:`.
 
 What an older server lacks is made up for, down to 1.15: BM25 over a text index (1.20) by a sparse vector `bm25` beside the others, made by qdrant-edge's own
 BM25 (the same ids and values as the server's); weighted RRF (1.17) by fusing here; a collection's metadata (1.16) by a collection of our own, `dclip-metadata`.
 """
 
-import time
-import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from functools import cache
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from grpc import RpcError, StatusCode
-from qdrant_client import QdrantClient
 from qdrant_client import models as m
-from qdrant_client.http.exceptions import ApiException, ResponseHandlingException, UnexpectedResponse
 
 from dclip_qdrant.collection import META, CollectionSpec
 from dclip_qdrant.errors import PointError, StoreError
 from dclip_qdrant.lookup import need
-from dclip_qdrant.stores import Condition, Hit, Point, Query, Widths, found_vectors, pick, rrf
-
-RETRY_ON = (408, 429, 500, 502, 503, 504)
-RETRY_ON_GRPC = (
-    StatusCode.UNAVAILABLE,
-    StatusCode.RESOURCE_EXHAUSTED,
-    StatusCode.DEADLINE_EXCEEDED,
-    StatusCode.INTERNAL,
-    StatusCode.ABORTED,
-)
-TRIES = 5
-TEXT_SCORING = (1, 20)  # the first version whose text index answers BM25
-NEW_VECTORS = (1, 18)  # ... that adds a vector to a live collection
-WEIGHTED_RRF = (1, 17)
-METADATA = (1, 16)
-ASIDE = "dclip-metadata"  # where an older server keeps it
-SPARSE = "bm25"
-OURS = frozenset(("key", "uri", "content_hash", "caption", "width", "height", "boxes", "scores", "labels", "detector", "student", "split"))
-QUANTISED = {
-    "int8": lambda: m.ScalarQuantization(scalar=m.ScalarQuantizationConfig(type=m.ScalarType.INT8, quantile=0.99, always_ram=True)),
-    "turbo4": lambda: m.TurboQuantization(turbo=m.TurboQuantQuantizationConfig(bits=m.TurboQuantBitSize.BITS4, always_ram=True)),
-    "turbo2": lambda: m.TurboQuantization(turbo=m.TurboQuantQuantizationConfig(bits=m.TurboQuantBitSize.BITS2, always_ram=True)),
-    "binary": lambda: m.BinaryQuantization(binary=m.BinaryQuantizationConfig(always_ram=True)),
-}
-
-
-@dataclass(frozen=True)
-class Names:
-    """What our vectors and payload are called in a collection: their plain names in one of ours, under a mark in one that was there before us."""
-
-    mark: str = ""
-
-    def vector(self, name: str) -> str:
-        return f"{self.mark}_{name}" if self.mark else name
-
-    def field(self, key: str) -> str:
-        """A payload key in a filter: ours are nested."""
-        return f"{self.mark}.{key}" if self.mark and key.split("[")[0] in OURS else key
-
-    def payload(self, found: dict[str, Any] | None) -> dict[str, Any]:
-        """A stored payload as the rest of the product reads it."""
-        found = dict(found or {})
-        return found | found.pop(self.mark, {}) if self.mark else found
-
-    def vectors(self, found: Any) -> dict[str, Any]:
-        return {k: found[self.vector(k)] for k in ("image", "regions") if self.vector(k) in found} if isinstance(found, dict) else {}
-
-
-def _address(url: str) -> dict[str, Any]:
-    """What QdrantClient takes for a URL; grpc://HOST[:6334] and grpcs:// speak gRPC (and REST on 6333 for what gRPC lacks)."""
-    scheme, _, rest = url.partition("://")
-    if scheme not in ("grpc", "grpcs"):
-        return {"url": url}
-    host, _, port = rest.rstrip("/").rpartition(":") if rest.rstrip("/").rpartition(":")[2].isdigit() else (rest.rstrip("/"), "", "6334")
-    return {"host": host, "port": 6333, "grpc_port": int(port), "prefer_grpc": True, "https": scheme == "grpcs"}
-
-
-class Server:
-    """A Qdrant server; each call waits and tries again when it is busy or away."""
-
-    def __init__(self, url: str, *, api_key: str | None = None, client: QdrantClient | None = None) -> None:
-        self.where = self.url = url
-        self.client = client or (
-            QdrantClient(":memory:")
-            if url == ":memory:"
-            else QdrantClient(**_address(url), api_key=api_key, timeout=60, check_compatibility=False)
-        )
-        self._version: tuple[int, int] | None = None
-
-    def call(self, f: Callable[[], Any], where: str = "") -> Any:
-        """Calls the server; honours Retry-After. Raises PointError for what it refuses, StoreError for the rest."""
-        for attempt in range(TRIES):
-            wait = 0.5 * 2**attempt
-            try:
-                return f()
-            except UnexpectedResponse as e:
-                if e.status_code not in RETRY_ON or attempt == TRIES - 1:
-                    kind = PointError if e.status_code in (400, 413, 422) else StoreError
-                    raise kind(f"{self.url}/{where}", f"HTTP {e.status_code}: {e.content.decode(errors='replace')[:300]}") from e
-                wait = float(e.headers.get("retry-after", wait)) if e.headers else wait
-            except (ResponseHandlingException, ApiException) as e:
-                if attempt == TRIES - 1:
-                    raise StoreError(self.url, f"no answer: {str(e)[:200]}", "a Qdrant server", "check --url") from e
-            except RpcError as e:
-                if e.code() not in RETRY_ON_GRPC or attempt == TRIES - 1:
-                    kind = PointError if e.code() in (StatusCode.INVALID_ARGUMENT, StatusCode.OUT_OF_RANGE) else StoreError
-                    raise kind(f"{self.url}/{where}", f"{e.code().name}: {(e.details() or '')[:300]}") from e
-            except ValueError as e:  # qdrant-client's own engine
-                raise PointError(where, str(e)[:300]) from e
-            time.sleep(min(wait, 30))
-        return None
-
-    def version(self) -> tuple[int, int]:
-        if self._version is None:
-            said = self.call(self.client.info).version.split(".")
-            self._version = int(said[0]), int(said[1])
-        return self._version
-
-    def metadata_aside(self, name: str) -> dict[str, Any]:
-        """What an older server was told of a collection."""
-        if not self.call(lambda: self.client.collection_exists(ASIDE)):
-            return {}
-        id_ = str(uuid.uuid5(uuid.NAMESPACE_URL, self.aliases().get(name, name)))
-        found = self.call(lambda: self.client.retrieve(ASIDE, [id_]), ASIDE)
-        return dict(found[0].payload or {}) if found else {}
-
-    def set_metadata_aside(self, name: str, metadata: dict[str, Any]) -> None:
-        if not self.call(lambda: self.client.collection_exists(ASIDE)):
-            self.call(lambda: self.client.create_collection(ASIDE, vectors_config={}), ASIDE)
-        id_ = str(uuid.uuid5(uuid.NAMESPACE_URL, self.aliases().get(name, name)))
-        self.call(lambda: self.client.upsert(ASIDE, [m.PointStruct(id=id_, vector={}, payload=metadata)], wait=True), ASIDE)
-
-    def collections(self) -> list[str]:
-        return sorted(c.name for c in self.call(self.client.get_collections).collections if c.name != ASIDE)
-
-    def aliases(self) -> dict[str, str]:
-        return {a.alias_name: a.collection_name for a in self.call(self.client.get_aliases).aliases}
-
-    def point(self, alias: str, collection: str) -> None:
-        """Both operations travel in one request: nobody sees the alias missing."""
-        create = m.CreateAliasOperation(create_alias=m.CreateAlias(collection_name=collection, alias_name=alias))
-        remove = [m.DeleteAliasOperation(delete_alias=m.DeleteAlias(alias_name=alias))] if alias in self.aliases() else []
-        self.call(lambda: self.client.update_collection_aliases([*remove, create]), alias)
-
-    def drop(self, collection: str) -> None:
-        if collection in self.aliases().values():
-            raise StoreError(self.url, f"{collection!r} is what an alias points at", do="point the alias elsewhere first")
-        self.call(lambda: self.client.delete_collection(collection), collection)
-
-    def open(self, name: str, *, alone: bool = False) -> "Qdrant":
-        return Qdrant(name, self, alone=alone)
-
-    def close(self) -> None:
-        self.client.close()
+from dclip_qdrant.stores import Hit, Point, Query, Widths, found_vectors, pick, rrf
+from dclip_qdrant.stores.qdrant_server import METADATA, NEW_VECTORS, TEXT_SCORING, WEIGHTED_RRF, Server
+from dclip_qdrant.stores.qdrant_terms import QUANTISED, SPARSE, Names, bm25, conditions, point_id
 
 
 class Qdrant:
@@ -337,10 +200,10 @@ class Qdrant:
     def update(self, points: list[Point]) -> None:
         """Our vectors and payload of points that are there; everything else of them stays."""
         widths, names = self._widths(), self._names()
-        vectors = [m.PointVectors(id=_id(p.id), vector={names.vector(k): v for k, v in widths.of(p).items()}) for p in points]
+        vectors = [m.PointVectors(id=point_id(p.id), vector={names.vector(k): v for k, v in widths.of(p).items()}) for p in points]
         changes: list[Any] = [m.UpdateVectorsOperation(update_vectors=m.UpdateVectors(points=vectors))]
         for p in points:
-            changes.append(m.SetPayloadOperation(set_payload=m.SetPayload(payload=p.payload, points=[_id(p.id)], key=names.mark)))
+            changes.append(m.SetPayloadOperation(set_payload=m.SetPayload(payload=p.payload, points=[point_id(p.id)], key=names.mark)))
         self._try(lambda: self.client.batch_update_points(self.name, changes, wait=True))
 
     def payloads(self, ids: list[str], keys: list[str] | None) -> dict[str, dict[str, Any]]:
@@ -348,7 +211,7 @@ class Qdrant:
             return {}
         names = self._names()
         wanted = True if keys is None else [names.field(k) for k in keys]
-        found = self._try(lambda: self.client.retrieve(self.name, [_id(i) for i in ids], with_payload=wanted, with_vectors=False))
+        found = self._try(lambda: self.client.retrieve(self.name, [point_id(i) for i in ids], with_payload=wanted, with_vectors=False))
         return {str(r.id): pick(names.payload(r.payload), keys) for r in found}
 
     def upsert(self, points: list[Point]) -> None:
@@ -357,13 +220,13 @@ class Qdrant:
         for p in points:
             vector: dict[str, Any] = dict(widths.of(p))
             if sparse and p.payload.get("caption"):
-                vector[SPARSE] = _bm25(p.payload["caption"], document=True)
+                vector[SPARSE] = bm25(p.payload["caption"], document=True)
             some.append(m.PointStruct(id=p.id, vector=vector, payload=p.payload))
         self._try(lambda: self.client.upsert(self.name, some, wait=True))
 
     def query(self, query: Query) -> list[Hit]:
         widths, names = self._widths(), self._names()
-        where = _filter(tuple(replace(c, key=names.field(c.key)) for c in query.where), query.exclude)
+        where = conditions(tuple(replace(c, key=names.field(c.key)) for c in query.where), query.exclude)
         image, regions = names.vector("image"), names.vector("regions")
         live: list[tuple[Any, str, float, Any]] = []  # query, using, weight, what it chooses from
         if query.vector is not None:
@@ -372,7 +235,7 @@ class Qdrant:
             chosen = m.Prefetch(query=dense, using=image, limit=query.candidates, filter=where)
             live.append(([widths.cut(query.vector, "regions")], regions, query.weights[2], chosen))
         if query.text is not None and self._sparse():
-            live.append((_bm25(query.text), SPARSE, query.weights[1], None))
+            live.append((bm25(query.text), SPARSE, query.weights[1], None))
         elif query.text is not None:
             live.append((m.TextQuery(text=m.TextQueryInput(query=query.text)), names.field("caption"), query.weights[1], None))
         live = [one for one in live if one[2] > 0]
@@ -421,7 +284,7 @@ class Qdrant:
         kinds = [names.vector("regions")] * query.with_regions + [names.vector("image")] * query.with_image
         how: dict[str, Any] = {"with_payload": query.with_payload, "with_vectors": kinds or False}
         if query.rescore is not None:
-            chosen = m.Filter(must=[m.HasIdCondition(has_id=[_id(i) for i in order])])
+            chosen = m.Filter(must=[m.HasIdCondition(has_id=[point_id(i) for i in order])])
             vector, using = widths.cut(query.rescore, "regions"), names.vector("regions")
             found = self._try(
                 lambda: self.client.query_points(self.name, query=vector, using=using, query_filter=chosen, limit=query.limit, **how)
@@ -429,7 +292,7 @@ class Qdrant:
             scores, order = {str(p.id): float(p.score) for p in found}, [str(p.id) for p in found]
         else:
             order = order[: query.limit]
-            found = self._try(lambda: self.client.retrieve(self.name, [_id(i) for i in order], **how))
+            found = self._try(lambda: self.client.retrieve(self.name, [point_id(i) for i in order], **how))
         by_id = {str(p.id): p for p in found}
         return [
             Hit(i, scores[i], names.payload(by_id[i].payload), *found_vectors(names.vectors(by_id[i].vector))) for i in order if i in by_id
@@ -468,43 +331,3 @@ class Qdrant:
     def close(self) -> None:
         if self.alone:
             self.server.close()
-
-
-def _id(text: str) -> int | str:
-    return int(text) if text.isdigit() else text
-
-
-def _bm25(text: str, *, document: bool = False) -> m.SparseVector:
-    model = _bm25_model()
-    v = model.embed_document(text) if document else model.embed_query(text)
-    return m.SparseVector(indices=list(v.indices), values=list(v.values))
-
-
-@cache
-def _bm25_model() -> Any:
-    need("qdrant_edge", "BM25 on an older Qdrant server")
-    import qdrant_edge
-
-    return qdrant_edge.Bm25()
-
-
-def _filter(where: tuple[Condition, ...], exclude: tuple[str, ...]) -> m.Filter | None:
-    must: list[Any] = []
-    must_not: list[Any] = []
-    for c in where:
-        if c.op in ("=", "!="):
-            any_of = [
-                m.FieldCondition(key=c.key, match=m.MatchValue(value=v))
-                if not isinstance(v, float)
-                else m.FieldCondition(key=c.key, range=m.Range(gte=v, lte=v))
-                for v in c.values
-            ]
-            (must if c.op == "=" else must_not).append(any_of[0] if len(any_of) == 1 else m.Filter(should=any_of))
-        elif c.op == "~":
-            must.append(m.FieldCondition(key=c.key, match=m.MatchText(text=str(c.values[0]))))
-        else:
-            bound = {">=": "gte", "<=": "lte", ">": "gt", "<": "lt"}[c.op]
-            must.append(m.FieldCondition(key=c.key, range=m.Range(**{bound: float(c.values[0])})))
-    if exclude:
-        must_not.append(m.HasIdCondition(has_id=[_id(i) for i in exclude]))
-    return m.Filter(must=must or None, must_not=must_not or None) if must or must_not else None

@@ -141,6 +141,8 @@ def map_pairs(
         say(f"{len(have):,} of {total:,} pictures are there already, {todo:,} to do")
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
+    # Ray 2.60's new reader makes one block of all files, so that the first actor waits for all of them, and its listing may end with a traceback (a race of its threads)
+    context.use_datasource_v2 = False
     size = pool_size(actors)
     ds = ray.data.read_parquet([str(f) for f in pairs.files], columns=columns or READ_COLUMNS)
     if have:
@@ -151,7 +153,7 @@ def map_pairs(
             return table.filter(pa.array([k not in known for k in table["key"].to_pylist()], pa.bool_()))
 
         ds = ds.map_batches(fresh, batch_format="pyarrow", zero_copy_batch=True)
-    # small blocks: all actors have work and progress shows (Ray 2.60 reads all files into one block, whatever override_num_blocks says: one actor did everything)
+    # small blocks: all actors have work and progress shows
     ds = ds.repartition(target_num_rows_per_block=max(batch, min(256, todo // (4 * size))))
     ds = ds.map_batches(
         actor, fn_constructor_kwargs={**kwargs, "out": str(out), "threads": threads_for(size)}, batch_format="pyarrow", batch_size=batch, num_cpus=1,

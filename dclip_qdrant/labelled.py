@@ -9,7 +9,7 @@ from dclip_qdrant import images
 from dclip_qdrant.arrow_file import opened
 from dclip_qdrant.errors import InputError, UsageError
 
-PROMPT = "a photo of a {}."  # CLIP's single prompt; DCLIP's evaluation uses it too (papers.md 1.4)
+PROMPT = "a photo of a {}."  # CLIP's single prompt; DCLIP's evaluation uses it too (docs/papers.md 1.4)
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ class Regions(_Part):
 
 
 class Teacher(_Part):
-    """The region teacher (papers.md 1.1 and 6.2)."""
+    """The region teacher (docs/papers.md 1.1 and 6.2)."""
 
     fusion: Literal["bidirectional", "regions_only"] = Field(
         "bidirectional", description="text and regions attend to each other, or regions alone (no caption inside)"

@@ -1,4 +1,4 @@
-"""What CLIP-TD's two forms share: which tokens are distilled, and how sure the teacher is (papers.md 4.1: our reading)."""
+"""What CLIP-TD's two forms share: which tokens are distilled, and how sure the teacher is (docs/papers.md 4.1: our reading)."""
 
 import torch
 from torch import Tensor

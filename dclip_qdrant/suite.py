@@ -262,7 +262,7 @@ def run_tasks(runs: list[Any], *, parallel: int | None, say: Callable[[str], Non
 
 
 def leaked(asked: Asked, share: float) -> Asked:
-    """The same question of pairs in which `share` of the test pictures stand in train too, as in DCLIP's own data (papers.md 1.2)."""
+    """The same question of pairs in which `share` of the test pictures stand in train too, as in DCLIP's own data (docs/papers.md 1.2)."""
     from dclip_qdrant.pairs.leak import leak
 
     folder = UPath(asked.out) / f"leaked-{share:g}"

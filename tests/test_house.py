@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -125,3 +126,21 @@ def test_generated_schemas_are_up_to_date():
     assert {p.name for p in folder.glob("*.json")} == set(made)
     for name, content in made.items():
         assert (folder / name).read_text() == text(content), f"{name}: run make schemas"
+
+
+def test_files_that_texts_name_are_there():
+    """A docstring, a comment or a page that sends its reader to a file in a folder of ours sends him to one that exists."""
+    root = PACKAGE.parent
+    inside = (f.relative_to(root) for f in root.rglob("*") if f.is_file())
+    ours = [f.as_posix() for f in inside if f.parts[0] != "demo" and not {".venv", "node_modules"} & set(f.parts)]
+    folders = {Path(f).parent.name for f in ours} - {"demo"}  # demo/ is what `make demo` writes
+    named = re.compile(r"(?<![\w/.*<{-])((?:[\w-]+/)+[\w-]+\.(?:py|toml|md))(?![\w/*-])")
+    texts = [f for f in ours if f.endswith((".py", ".toml", ".md")) and f != "CHANGELOG.md"]
+    assert len(texts) > 100
+    gone = [
+        f"{text}: {said}"
+        for text in texts
+        for said in named.findall((root / text).read_text())
+        if said.split("/")[0] in folders and "my" not in re.split(r"\W|_", said) and not any(f"/{f}".endswith(f"/{said}") for f in ours)
+    ]
+    assert not gone

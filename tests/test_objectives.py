@@ -231,7 +231,7 @@ def test_quantised_at_int8_is_near_nothing():
 
 
 def test_dclip_hybrid_loss_is_the_sum_of_its_terms():
-    """papers.md 1.1: [1 - cos(f_s, e)] + [1 - cos(g_s, s)] + InfoNCE at 0.05, weights 1 : 1 : 1."""
+    """docs/papers.md 1.1: [1 - cos(f_s, e)] + [1 - cos(g_s, s)] + InfoNCE at 0.05, weights 1 : 1 : 1."""
     from dclip_qdrant.recipe import Recipe
     from dclip_qdrant.training.student_task import Weighted
 
@@ -326,7 +326,7 @@ def test_the_symmetric_losses_compare_the_two_sides_of_an_edge():
     s, t, unit = encoded(4), encoded(4, seed=1), lambda x: F.normalize(x, dim=-1)
     i_s, t_s, i_t, t_t = unit(s.image), unit(s.text), unit(t.image), unit(t.text)
     edge = lambda kind, loss: build("relation_graph", student_dim=5, teacher_dim=5, edges=({"type": kind, "loss": loss, "temperature": 0.5},))(s, t)
-    torch.testing.assert_close(edge("intra_ts", "sym_sd"), ((t_s @ t_t.T - i_s @ i_t.T) ** 2).mean())  # papers.md 3.1
+    torch.testing.assert_close(edge("intra_ts", "sym_sd"), ((t_s @ t_t.T - i_s @ i_t.T) ** 2).mean())  # docs/papers.md 3.1
     a, b = (i_s @ t_t.T / 0.5).log_softmax(1), (t_s @ i_t.T / 0.5).log_softmax(1)
     both = (a.exp() * (a - b)).sum(1).mean() + (b.exp() * (b - a)).sum(1).mean()
     torch.testing.assert_close(edge("inter_ts", "sym_kl"), both)
@@ -345,7 +345,7 @@ def test_relation_graph_by_hand_and_zero_at_equality():
 
 
 def test_the_papers_chosen_set_is_the_default():
-    """papers.md 3.1: intra TS InfoNCE + SD + Sym-SD, intra SS SD, inter TS InfoNCE + Sym-KL, inter SS InfoNCE + SD."""
+    """docs/papers.md 3.1: intra TS InfoNCE + SD + Sym-SD, intra SS SD, inter TS InfoNCE + Sym-KL, inter SS InfoNCE + SD."""
     s, t = encoded(), encoded(seed=1)
     chosen = [("intra_ts", "info_nce"), ("intra_ts", "sd"), ("intra_ts", "sym_sd"), ("intra_ss", "sd"), ("inter_ts", "info_nce"), ("inter_ts", "sym_kl"),
               ("inter_ss", "info_nce"), ("inter_ss", "sd")]  # fmt: skip

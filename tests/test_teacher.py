@@ -1,4 +1,4 @@
-"""The region teacher against naive transcriptions of the formulas in papers.md 1.1, and the properties that the sound variant claims."""
+"""The region teacher against naive transcriptions of the formulas in docs/papers.md 1.1, and the properties that the sound variant claims."""
 
 import numpy as np
 import pytest
@@ -56,7 +56,7 @@ def test_the_released_settings_are_the_papers():
 
 
 def test_released_teacher_has_the_released_number_of_parameters():
-    """papers.md 1.1: 2,103,296 at d = 512."""
+    """docs/papers.md 1.1: 2,103,296 at d = 512."""
     assert sum(p.numel() for p in RegionTeacher(512, released()).parameters()) == 2_103_296
     assert sum(p.numel() for p in RegionTeacher(768, released()).parameters()) == 4_727_808
 

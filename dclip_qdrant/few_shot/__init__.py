@@ -1,4 +1,4 @@
-"""ComKD-CLIP's own task: a labelled set with few examples of some classes, adapted to and tested on classes never labelled (papers.md 2).
+"""ComKD-CLIP's own task: a labelled set with few examples of some classes, adapted to and tested on classes never labelled (docs/papers.md 2).
 
 protocol.py  splits and figures (numpy alone)
 comkd.py     the two stages: a prompt-tuned teacher, a student that learns from it without labels

@@ -1,4 +1,4 @@
-"""ComKD-CLIP's two stages (Chen et al. 2024; papers.md 2.1) as tasks of the training loop.
+"""ComKD-CLIP's two stages (Chen et al. 2024; docs/papers.md 2.1) as tasks of the training loop.
 
 1. A teacher learns prompts in both towers from few labelled pictures; its class texts are then stored.
 2. The student learns, without labels, prompts of its own and a projector to the teacher's width: IFAlign on the moments, EduAttention over the stored
@@ -49,7 +49,7 @@ class _Pictures:
 
 class PromptedTeacher(_Pictures):
     """Stage 1. Cross-entropy over the base classes, and PromptSRC's pull to what the frozen model said: L1 between prompted and plain vectors, text x 25 and
-    image x 10, and KL between their logits (papers.md 2.2)."""
+    image x 10, and KL between their logits (docs/papers.md 2.2)."""
 
     def __init__(self, tower: TwoTower, pixels: np.ndarray, labels: np.ndarray, names: list[str], *, lr: float, depth: int = 9, device: str = "cpu") -> None:
         super().__init__(pixels, device)

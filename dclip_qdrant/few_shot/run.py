@@ -29,7 +29,7 @@ Say = Callable[[str], None]
 
 
 class Config(BaseModel):
-    """Epochs, shots and what is switched off in ablations. Defaults: papers.md 2.2 where they carry over (20 epochs, 16 shots, depth 9, 4 tokens)."""
+    """Epochs, shots and what is switched off in ablations. Defaults: docs/papers.md 2.2 where they carry over (20 epochs, 16 shots, depth 9, 4 tokens)."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     shots: int = Field(16, gt=0)

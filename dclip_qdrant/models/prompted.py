@@ -1,5 +1,5 @@
 """Learned prompts in front of frozen towers: context tokens in the text, prompt tokens or a pixel frame in the picture (ComKD-CLIP's lineage: MaPLe, PromptSRC,
-PromptKD; papers.md 2)."""
+PromptKD; docs/papers.md 2)."""
 
 import torch
 from torch import Tensor, nn

@@ -1,4 +1,4 @@
-"""The teacher: bidirectional cross-attention between a picture's regions and a caption's spans (DCLIP; papers.md 1.1), on frozen CLIP features.
+"""The teacher: bidirectional cross-attention between a picture's regions and a caption's spans (DCLIP; docs/papers.md 1.1), on frozen CLIP features.
 
 As released (code ChuckDanz/DCLIP at ed9a11f), from un-updated inputs r (regions) and t (spans):
 

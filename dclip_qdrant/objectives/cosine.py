@@ -1,4 +1,4 @@
-"""Cosine distance to the teacher's vectors: the two distillation terms of DCLIP's hybrid loss (papers.md 1.1)."""
+"""Cosine distance to the teacher's vectors: the two distillation terms of DCLIP's hybrid loss (docs/papers.md 1.1)."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn

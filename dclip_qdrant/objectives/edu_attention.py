@@ -1,4 +1,4 @@
-"""EduAttention and the refining KL of ComKD-CLIP (Chen et al. 2024; papers.md 2.1), with captions in the place of class texts."""
+"""EduAttention and the refining KL of ComKD-CLIP (Chen et al. 2024; docs/papers.md 2.1), with captions in the place of class texts."""
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,7 @@ class EduAttention(nn.Module):
     L = KL(softmax(u_t W^T / tau) || softmax(f_e W^T / tau)) T^2, both logits at T besides, the mean over pictures [N].
 
     u_s = P s_i the student's images in the teacher's width, u_t the teacher's, W the teacher's text vectors [M, D]: the batch's captions here (our adaptation to
-    retrieval; the paper has its classes' texts, see training/comkd.py). All unit vectors. The attention is thrown away after training: a retriever's image
+    retrieval; the paper has its classes' texts, see few_shot/comkd.py). All unit vectors. The attention is thrown away after training: a retriever's image
     vector can't hang on a batch of captions. The paper's C is unknown; sqrt(D) is attention's.
     """
 

@@ -1,4 +1,4 @@
-"""IFAlign of ComKD-CLIP (Chen et al. 2024; papers.md 2.1): the student's image features get the teacher's first and second moments."""
+"""IFAlign of ComKD-CLIP (Chen et al. 2024; docs/papers.md 2.1): the student's image features get the teacher's first and second moments."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn

@@ -9,7 +9,7 @@ from dclip_qdrant.encoded import Encoded
 class RandomAlignment(nn.Module):
     """L = mean over pairs of (|z_image - r|^2 + |z_text - r|^2) / (2 D), r ~ N(0, I) drawn anew for each pair of each step [M, D].
 
-    The vectors are as the towers give them (papers.md 5.2: MSE to z ~ N(0, I)); `normalise` takes unit vectors and r / |r| instead (ours), for
+    The vectors are as the towers give them (docs/papers.md 5.2: MSE to z ~ N(0, I)); `normalise` takes unit vectors and r / |r| instead (ours), for
     towers whose vectors are far from length sqrt(D).
     """
 

@@ -1,4 +1,4 @@
-"""ConaCLIP's fully connected knowledge interaction graph (Wang et al., ACL 2023; papers.md 3.1): every pair of the four encoders is an edge, each edge a loss.
+"""ConaCLIP's fully connected knowledge interaction graph (Wang et al., ACL 2023; docs/papers.md 3.1): every pair of the four encoders is an edge, each edge a loss.
 
 The paper's text could not be read in full: the losses follow its names and an independent re-implementation, with the latter's slips put right (teachers
 are targets, never predictions; KL is KL(target || student)). The paper's weights are unknown; they are data in the recipe.
@@ -14,7 +14,7 @@ from dclip_qdrant.encoded import Encoded
 
 TYPES = ("intra_ts", "intra_ss", "inter_ts", "inter_ss")
 LOSSES = ("info_nce", "fd", "mse", "sd", "kl", "sym_sd", "sym_kl")
-CHOSEN = (  # the set that the paper ends with, as far as it is known (papers.md 3.1)
+CHOSEN = (  # the set that the paper ends with, as far as it is known (docs/papers.md 3.1)
     {"type": "intra_ts", "loss": "info_nce"}, {"type": "intra_ts", "loss": "sd"}, {"type": "intra_ts", "loss": "sym_sd"}, {"type": "intra_ss", "loss": "sd"},
     {"type": "inter_ts", "loss": "info_nce"}, {"type": "inter_ts", "loss": "sym_kl"}, {"type": "inter_ss", "loss": "info_nce"}, {"type": "inter_ss", "loss": "sd"},
 )  # fmt: skip

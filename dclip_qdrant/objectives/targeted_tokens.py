@@ -1,7 +1,7 @@
 """CLIP-TD's idea for two towers: distil the tokens that matter, from pairs that the teacher is sure of.
 
 CLIP-TD (Wang et al. 2022) distils into fused encoders (models/fused.py has that); its paper says that distillation acts on adaptively selected tokens with a
-dynamic weight, and its text beyond the abstract could not be read (papers.md 4.1). Everything more precise than that here is ours.
+dynamic weight, and its text beyond the abstract could not be read (docs/papers.md 4.1). Everything more precise than that here is ours.
 """
 
 import torch

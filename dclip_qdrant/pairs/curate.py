@@ -1,6 +1,6 @@
 """One set of pairs out of several: near-duplicates out, captions that don't fit out, so many pictures of each source.
 
-DCLIP mixes 45,000 pictures of COCO, 13,500 of Flickr30k and 9,000 of Conceptual Captions (papers.md 1.2) and calls that curated; its code takes the first that
+DCLIP mixes 45,000 pictures of COCO, 13,500 of Flickr30k and 9,000 of Conceptual Captions (docs/papers.md 1.2) and calls that curated; its code takes the first that
 are there, test pictures among them. Here val and test stand apart: what is like them leaves train.
 """
 

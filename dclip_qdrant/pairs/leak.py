@@ -1,5 +1,5 @@
 """A leak on purpose: some test pictures put into train, to measure what a leak is worth. DCLIP's own data had about a third of COCO's test pictures
-and two fifths of Flickr30k's in its training pool (papers.md 1.2)."""
+and two fifths of Flickr30k's in its training pool (docs/papers.md 1.2)."""
 
 import hashlib
 import json

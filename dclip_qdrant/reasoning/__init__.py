@@ -1,4 +1,4 @@
-"""CLIP-TD's own task: pictures and sentences judged together by one fused encoder (papers.md 4), taught by CLIP.
+"""CLIP-TD's own task: pictures and sentences judged together by one fused encoder (docs/papers.md 4), taught by CLIP.
 
 examples.py  one example, whatever it was read from; low-shot and domain-shift splits
 readers.py   VQA v2, SNLI-VE and VCR in their published formats

@@ -1,4 +1,4 @@
-"""CLIP-TD's training (papers.md 4.1): task loss plus distillation from the tokens that matter, weighted by how sure CLIP is, in two steps.
+"""CLIP-TD's training (docs/papers.md 4.1): task loss plus distillation from the tokens that matter, weighted by how sure CLIP is, in two steps.
 
     L = L_task + lambda sum_i w_i D_i / sum_i w_i
 

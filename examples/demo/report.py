@@ -90,6 +90,7 @@ def _curve(series: dict[str, list[tuple[float, float]]], title: str, unit: str) 
     ):
         out += f'<text x="{at(x, y0)[0]:.1f}" y="{h - 10}" text-anchor="middle">{x:g}</text>'
     out += f'<text x="{w - 14}" y="{h - 10}" text-anchor="end" dy="-14">{unit}</text>'
+    names = ""
     for i, (name, s) in enumerate(series.items()):
         colour = ("var(--b)", "var(--c)", "var(--a)")[i % 3]
         out += (
@@ -97,9 +98,8 @@ def _curve(series: dict[str, list[tuple[float, float]]], title: str, unit: str) 
             + " ".join(f"{a:.1f},{b:.1f}" for a, b in (at(*p) for p in s))
             + '"/>'
         )
-        out += (
-            f'<text x="{w - 20}" y="{top + 14 + 16 * i}" text-anchor="end" style="fill:{colour};font-weight:600">{html.escape(name)}</text>'
-        )
+        names += f'<tspan dx="10" style="fill:{colour}">{html.escape(name)}</tspan>'
+    out += f'<text x="{w - 14}" y="16" text-anchor="end" style="font-weight:600">{names}</text>'  # beside the title: no line passes there
     return out + "</svg>"
 
 

@@ -149,7 +149,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         def cell(value: float | None, s: float | None, scale: float = 100, digits: int = 1) -> str:
             if value is None:
                 return "-"
-            return f"{value * scale:.{digits}f}" + (f" ± {s * scale:.{digits}f}" if s else "")
+            return f"{value * scale:.{digits}f}" + (f" ± {s * scale:.{digits}f}" if s is not None else "")
 
         cells = [cell(r[w][f"r@{k}"], spread.get(w, {}).get(f"r@{k}")) for w in ("t2i", "i2t") for k in metrics.KS]
         cells += [cell(r[k], spread.get(k)) for k in ("mrr", "map")] + [

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from dclip_qdrant import comparison, evaluation
 from dclip_qdrant.comparison import same_budget
 from dclip_qdrant.errors import RecipeError
 from dclip_qdrant.recipe import Recipe, recipe_names
@@ -117,3 +118,16 @@ def test_what_a_leak_was_worth_is_said():
     leaked["groups"][0]["rows"][1] |= {"mean_r@1": 0.15}
     text = section(result(), plots=[None], command="", machine="", leaked=leaked)
     assert "mean R@1 12.0 clean, 15.0 leaked (+3.0)" in text
+
+
+def test_a_table_gives_spreads_over_seeds_also_where_they_are_zero():
+    def seed(r1, retention):
+        ways = {w: {"r@1": r1, "r@5": 0.5, "r@10": 0.75} for w in ("t2i", "i2t")}
+        return ways | {"mrr": 0.25, "map": 0.125, "mean_r@1": r1, "zero_shot": None, "retention": retention, "n_images": 8, "n_texts": 8}
+
+    one, two = comparison.row("one", [seed(0.25, 1.0)]), comparison.row("two", [seed(0.125, 1.0), seed(0.375, 1.0)])
+    lines = evaluation.table([one, two]).splitlines()
+    assert lines[2] == "| one | 25.0 | 50.0 | 75.0 | 25.0 | 50.0 | 75.0 | 25.0 | 12.5 | - | 1.000 | 1 |"
+    # of 0.125 and 0.375 the sample's standard deviation is 0.25 / sqrt(2) = 0.177
+    way = "25.0 ± 17.7 | 50.0 ± 0.0 | 75.0 ± 0.0"
+    assert lines[3] == f"| two | {way} | {way} | 25.0 ± 0.0 | 12.5 ± 0.0 | - | 1.000 ± 0.000 | 2 |"

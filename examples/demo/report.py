@@ -45,7 +45,7 @@ def _cell(row: dict, *path: str, scale: float = 100, digits: int = 1) -> str:
         value, spread = value[key], (spread or {}).get(key)
     if value is None:
         return "<td>–</td>"
-    return f"<td>{value * scale:.{digits}f}" + (f" <small>± {spread * scale:.{digits}f}</small>" if spread else "") + "</td>"
+    return f"<td>{value * scale:.{digits}f}" + (f" <small>± {spread * scale:.{digits}f}</small>" if spread is not None else "") + "</td>"
 
 
 def _table(rows: list[dict]) -> str:

@@ -95,3 +95,10 @@ def rng() -> np.random.Generator:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The Ray jobs first: with `-n 2` they take as long as all the other files, which go to the other process."""
     items.sort(key=lambda item: item.path.name != "test_jobs.py")
+
+
+@pytest.fixture(scope="session")
+def student(student_folder):
+    from dclip_qdrant.student import Student
+
+    return Student.load(student_folder)

@@ -24,11 +24,6 @@ from dclip_qdrant.student import Student
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def student(student_folder):
-    return Student.load(student_folder)
-
-
 def snapshot(store):
     return {p.id: (p.payload, p.image.round(5).tolist(), p.regions.round(5).tolist()) for p in store.scroll(with_vectors=True)}
 

@@ -16,7 +16,7 @@ from dclip_qdrant.errors import PointError, StoreError
 from dclip_qdrant.lookup import need
 from dclip_qdrant.stores import Hit, Point, Query, Widths, found_vectors, pick, rrf
 from dclip_qdrant.stores.qdrant_server import METADATA, NEW_VECTORS, TEXT_SCORING, WEIGHTED_RRF, Server
-from dclip_qdrant.stores.qdrant_terms import QUANTISED, SPARSE, Names, bm25, conditions, point_id
+from dclip_qdrant.stores.qdrant_terms import QUANTISED, SPARSE, Names, bm25, conditions, sent_id
 
 
 class Qdrant:
@@ -200,10 +200,10 @@ class Qdrant:
     def update(self, points: list[Point]) -> None:
         """Our vectors and payload of points that are there; everything else of them stays."""
         widths, names = self._widths(), self._names()
-        vectors = [m.PointVectors(id=point_id(p.id), vector={names.vector(k): v for k, v in widths.of(p).items()}) for p in points]
+        vectors = [m.PointVectors(id=sent_id(p.id), vector={names.vector(k): v for k, v in widths.of(p).items()}) for p in points]
         changes: list[Any] = [m.UpdateVectorsOperation(update_vectors=m.UpdateVectors(points=vectors))]
         for p in points:
-            changes.append(m.SetPayloadOperation(set_payload=m.SetPayload(payload=p.payload, points=[point_id(p.id)], key=names.mark)))
+            changes.append(m.SetPayloadOperation(set_payload=m.SetPayload(payload=p.payload, points=[sent_id(p.id)], key=names.mark)))
         self._try(lambda: self.client.batch_update_points(self.name, changes, wait=True))
 
     def payloads(self, ids: list[str], keys: list[str] | None) -> dict[str, dict[str, Any]]:
@@ -211,7 +211,7 @@ class Qdrant:
             return {}
         names = self._names()
         wanted = True if keys is None else [names.field(k) for k in keys]
-        found = self._try(lambda: self.client.retrieve(self.name, [point_id(i) for i in ids], with_payload=wanted, with_vectors=False))
+        found = self._try(lambda: self.client.retrieve(self.name, [sent_id(i) for i in ids], with_payload=wanted, with_vectors=False))
         return {str(r.id): pick(names.payload(r.payload), keys) for r in found}
 
     def upsert(self, points: list[Point]) -> None:
@@ -284,7 +284,7 @@ class Qdrant:
         kinds = [names.vector("regions")] * query.with_regions + [names.vector("image")] * query.with_image
         how: dict[str, Any] = {"with_payload": query.with_payload, "with_vectors": kinds or False}
         if query.rescore is not None:
-            chosen = m.Filter(must=[m.HasIdCondition(has_id=[point_id(i) for i in order])])
+            chosen = m.Filter(must=[m.HasIdCondition(has_id=[sent_id(i) for i in order])])
             vector, using = widths.cut(query.rescore, "regions"), names.vector("regions")
             found = self._try(
                 lambda: self.client.query_points(self.name, query=vector, using=using, query_filter=chosen, limit=query.limit, **how)
@@ -292,7 +292,7 @@ class Qdrant:
             scores, order = {str(p.id): float(p.score) for p in found}, [str(p.id) for p in found]
         else:
             order = order[: query.limit]
-            found = self._try(lambda: self.client.retrieve(self.name, [point_id(i) for i in order], **how))
+            found = self._try(lambda: self.client.retrieve(self.name, [sent_id(i) for i in order], **how))
         by_id = {str(p.id): p for p in found}
         return [
             Hit(i, scores[i], names.payload(by_id[i].payload), *found_vectors(names.vectors(by_id[i].vector))) for i in order if i in by_id

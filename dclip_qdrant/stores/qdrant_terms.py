@@ -41,7 +41,8 @@ class Names:
         return {k: found[self.vector(k)] for k in ("image", "regions") if self.vector(k) in found} if isinstance(found, dict) else {}
 
 
-def point_id(text: str) -> int | str:
+def sent_id(text: str) -> int | str:
+    """A point's id as the API takes it: one of digits is a number there."""
     return int(text) if text.isdigit() else text
 
 
@@ -77,5 +78,5 @@ def conditions(where: tuple[Condition, ...], exclude: tuple[str, ...]) -> m.Filt
             bound = {">=": "gte", "<=": "lte", ">": "gt", "<": "lt"}[c.op]
             must.append(m.FieldCondition(key=c.key, range=m.Range(**{bound: float(c.values[0])})))
     if exclude:
-        must_not.append(m.HasIdCondition(has_id=[point_id(i) for i in exclude]))
+        must_not.append(m.HasIdCondition(has_id=[sent_id(i) for i in exclude]))
     return m.Filter(must=must or None, must_not=must_not or None) if must or must_not else None

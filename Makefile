@@ -11,7 +11,7 @@ export MALLOC_TRIM_THRESHOLD_ := 100000000000
 export MALLOC_TOP_PAD_ := 67108864
 export GOMP_SPINCOUNT := 10000
 
-.PHONY: setup demo demo-long test test-fast lint schemas clean
+.PHONY: setup demo demo-long test test-fast lint generated clean
 
 setup: $(STAMP)
 
@@ -28,18 +28,19 @@ demo: setup      ## the whole way on a rendered data set; writes demo/report.htm
 demo-long: setup ## the demo, then every recipe and the papers' own tasks on scenes (most of an hour on 2 slow cores)
 	$(BIN)/python examples/demo/run.py --long
 
-test: setup      ## everything
-	$(BIN)/ruff check .
+test: lint       ## everything
 	$(BIN)/python -m pytest --durations=10 -n 2 --dist loadfile --no-loadscope-reorder
 
 test-fast: setup ## what needs neither Ray nor an export
 	$(BIN)/python -m pytest -m "not slow and not real"
 
-lint: setup
+lint: setup      ## format, 110 columns, ruff, pyright
+	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/pyright
 
-schemas: setup   ## regenerate schemas/*.json from the code
-	$(BIN)/python -m dclip_qdrant.schemas_json schemas
+generated: setup ## schemas/*.json and docs/cli.md, from the code
+	$(BIN)/python -m dclip_qdrant.cli.generated .
 
 clean:
 	rm -rf demo

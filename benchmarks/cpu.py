@@ -1,9 +1,10 @@
-"""What our settings for CPU workers are worth: pictures a second of the same towers in fresh processes, with each setting and without.
+"""What our settings for CPU workers are worth: pictures a second of the same towers in fresh processes, with
+each setting and without.
 
     python benchmarks/cpu.py --base FOLDER
 
-Memory: glibc told to keep large blocks, one process. Threads: idle OpenMP threads told to sleep soon, one process and two at the same time, each with all cores.
-One run, one machine: quote the ratios.
+Memory: glibc told to keep large blocks, one process. Threads: idle OpenMP threads told to sleep soon, one
+process and two at the same time, each with all cores. One run, one machine: quote the ratios.
 """
 
 import argparse
@@ -13,7 +14,7 @@ import sys
 
 CODE = """
 import sys, time, torch
-from dclip_qdrant.models.two_tower import load
+from dclip_qdrant.training.models.two_tower import load
 model = load(sys.argv[1])
 x = torch.randn(64, 3, model.preprocess.size, model.preprocess.size)
 with torch.no_grad():
@@ -28,7 +29,10 @@ print(n / (time.perf_counter() - began))
 
 def speed(base: str, env: dict[str, str], processes: int) -> float:
     """Pictures a second of all processes together."""
-    running = [subprocess.Popen([sys.executable, "-c", CODE, base], env=env, stdout=subprocess.PIPE, text=True) for _ in range(processes)]
+    running = [
+        subprocess.Popen([sys.executable, "-c", CODE, base], env=env, stdout=subprocess.PIPE, text=True)
+        for _ in range(processes)
+    ]
     said = [p.communicate()[0] for p in running]
     if any(p.returncode for p in running):
         sys.exit("a process failed")
@@ -36,9 +40,11 @@ def speed(base: str, env: dict[str, str], processes: int) -> float:
 
 
 def main() -> None:
-    from dclip_qdrant.cluster import CPU_SETTINGS, KEEP_MEMORY, SLEEP_SOON
+    from dclip_qdrant.jobs.cluster import CPU_SETTINGS, KEEP_MEMORY, SLEEP_SOON
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--base", required=True)
     args = parser.parse_args()
     plain = {k: v for k, v in os.environ.items() if k not in CPU_SETTINGS}

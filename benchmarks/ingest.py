@@ -1,4 +1,5 @@
-"""Ingestion's images/s end to end over the student's bare forward images/s, and peak memory; both from one run on one machine.
+"""Ingestion's images/s end to end over the student's bare forward images/s, and peak memory; both from one
+run on one machine.
 
 python benchmarks/ingest.py --student STUDENT_DIR --pictures FOLDER_OR_PARQUET [--limit 1000]
 """
@@ -10,9 +11,9 @@ import time
 
 import numpy as np
 
-from dclip_qdrant.ingest import Embedder, ingest
-from dclip_qdrant.stores import open_store
-from dclip_qdrant.student import Student
+from dclip_qdrant.serving.ingest import ingest
+from dclip_qdrant.serving.stores import open_store
+from dclip_qdrant.serving.student import Student
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--student", required=True)
@@ -30,9 +31,10 @@ for _ in range(2):
 bare = 512 / (time.perf_counter() - began)
 store = open_store("bench", edge=tempfile.mkdtemp())
 began = time.perf_counter()
-report = ingest(args.pictures, Embedder(student), store, limit=args.limit)
+report = ingest(args.pictures, student, store, limit=args.limit)
 rate = report.embedded / (time.perf_counter() - began)
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 print(
-    f"bare forward {bare:.1f} images/s, ingest {rate:.1f} images/s: ratio {rate / bare:.2f}; {report.embedded:,} pictures, peak {peak:.0f} MB"
+    f"bare forward {bare:.1f} images/s, ingest {rate:.1f} images/s: ratio "
+    f"{rate / bare:.2f}; {report.embedded:,} pictures, peak {peak:.0f} MB"
 )

@@ -2,8 +2,9 @@
 
     python benchmarks/serve.py --student demo/student [--clients 200] [--seconds 20] [--ray]
 
-Prints JSON: throughput, p50 and p99 under that many concurrent clients, the loop's throughput in the same run, their ratio, and the batch sizes that
-/metrics saw. --ray measures ray_jobs/serve.py (one replica) instead. Server and clients share this machine's cores, so the ratio is a lower bound.
+Prints JSON: throughput, p50 and p99 under that many concurrent clients, the loop's throughput in the same
+run, their ratio, and the batch sizes that /metrics saw. --ray measures ray_jobs/serve.py (one replica)
+instead. Server and clients share this machine's cores, so the ratio is a lower bound.
 """
 
 import argparse
@@ -19,10 +20,27 @@ import time
 import httpx
 import numpy as np
 
-from dclip_qdrant.cluster import free_port
-from dclip_qdrant.student import Student
+from dclip_qdrant.jobs.cluster import free_port
+from dclip_qdrant.serving.student import Student
 
-WORDS = ["a", "red", "blue", "green", "ball", "dog", "cat", "house", "on", "the", "left", "of", "two", "big", "small", "striped"]
+WORDS = [
+    "a",
+    "red",
+    "blue",
+    "green",
+    "ball",
+    "dog",
+    "cat",
+    "house",
+    "on",
+    "the",
+    "left",
+    "of",
+    "two",
+    "big",
+    "small",
+    "striped",
+]
 
 
 def texts(n: int) -> list[str]:
@@ -42,15 +60,23 @@ def loop(student: Student, seconds: float) -> float:
 
 
 async def clients(url: str, model: str, count: int, seconds: float) -> tuple[list[float], int]:
-    """Keep-alive connections over plain streams: an HTTP client library would cost more of this machine than the service."""
+    """Keep-alive connections over plain streams: an HTTP client library would cost more of this machine than
+    the service."""
     host, port = url.removeprefix("http://").split(":")
     requests = []
     for t in texts(500):
         body = json.dumps(
-            {"inputs": [{"data": t, "data_type": "text", "model": model, "options": None}], "inference": "search", "token": None}
+            {
+                "inputs": [{"data": t, "data_type": "text", "model": model, "options": None}],
+                "inference": "search",
+                "token": None,
+            }
         ).encode()
         requests.append(
-            f"POST /inference HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+            (
+                f"POST /inference HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Type: "
+                f"application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+            ).encode()
             + body
         )
     took: list[float] = []
@@ -76,7 +102,9 @@ async def clients(url: str, model: str, count: int, seconds: float) -> tuple[lis
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--student", required=True)
     parser.add_argument("--clients", type=int, default=200)
     parser.add_argument("--seconds", type=float, default=20)
@@ -99,7 +127,13 @@ def main() -> None:
             "100",
         ]
     with tempfile.TemporaryFile("w+") as log:
-        measure(args, student, alone, subprocess.Popen([*command, "--student", args.student], stdout=log, stderr=log), log)
+        measure(
+            args,
+            student,
+            alone,
+            subprocess.Popen([*command, "--student", args.student], stdout=log, stderr=log),
+            log,
+        )
 
 
 def address(server: subprocess.Popen, log) -> str:
@@ -131,12 +165,28 @@ def measure(args: argparse.Namespace, student: Student, alone: float, server: su
         server.wait()
     value = lambda name: float(next(line for line in figures if line.startswith(name)).split()[-1])
     ms = lambda v, q: round(float(np.percentile(v, q)) * 1000, 1)
-    print(json.dumps({
-        "clients": args.clients, "requests": len(took), "errors": errors, "per_second": round(len(took) / args.seconds, 1), "p50_ms": ms(took, 50), "p99_ms": ms(took, 99),
-        "one_client": {"per_second": round(len(one) / (args.seconds / 4), 1), "p50_ms": ms(one, 50)}, "loop_per_second": round(alone, 1),
-        "ratio": round(len(took) / args.seconds / alone, 2), "mean_batch": round(value("dclip_batch_size_sum") / value("dclip_batch_size_count"), 1),
-        "batches": {line.split('le="')[1].split('"')[0]: int(float(line.split()[-1])) for line in figures if "bucket" in line},
-    }, indent=1))  # fmt: skip
+    print(
+        json.dumps(
+            {
+                "clients": args.clients,
+                "requests": len(took),
+                "errors": errors,
+                "per_second": round(len(took) / args.seconds, 1),
+                "p50_ms": ms(took, 50),
+                "p99_ms": ms(took, 99),
+                "one_client": {"per_second": round(len(one) / (args.seconds / 4), 1), "p50_ms": ms(one, 50)},
+                "loop_per_second": round(alone, 1),
+                "ratio": round(len(took) / args.seconds / alone, 2),
+                "mean_batch": round(value("dclip_batch_size_sum") / value("dclip_batch_size_count"), 1),
+                "batches": {
+                    line.split('le="')[1].split('"')[0]: int(float(line.split()[-1]))
+                    for line in figures
+                    if "bucket" in line
+                },
+            },
+            indent=1,
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -1,43 +1,74 @@
 """Every error that we raise on purpose.
 
-DclipError              exit 1   anything below; the CLI prints its one line, and a traceback for everything else
-├── UsageError          exit 2   a flag, a path or a recipe that can't be meant
-│   └── RecipeError              a key or value in a recipe
-├── MissingExtra        exit 1   a package that this command needs is not installed
-├── InputError          exit 1   data that can't be used
-│   ├── SchemaError              a table without the columns of its contract
-│   └── ImageError               a picture that can't be read
-├── LeakError           exit 1   the same picture in train and in test
-├── StudentError        exit 1   a student folder that is incomplete or altered
-├── ParityError         exit 1   an export that doesn't agree with what was trained
-├── StoreError          exit 1   the collection or its engine said no
-│   └── PointError               ... to these points; others may be fine
-├── PartialError        exit 3   done, but some rows were rejected
-├── GateError           exit 3   a student below its retention gate (the student is kept)
-└── MismatchError       exit 4   a collection that another student filled
+DclipError              failure     anything below; front ends show its one line, and a traceback for the rest
+├── UsageError          usage       an argument, a path or a recipe that can't be meant
+│   └── RecipeError     usage       a key or value in a recipe
+├── MissingExtra        missing     a package that this needs is not installed
+├── InputError          input       data that can't be used
+│   ├── SchemaError     input       a table without the columns of its contract
+│   └── ImageError      input       a picture that can't be read
+│       └── ImageTooLarge too_large a picture of more pixels or bytes than are allowed
+├── LeakError           input       the same picture in train and in test
+├── StudentError        student     a student folder that is incomplete or altered
+├── ParityError         failure     an export that doesn't agree with what was trained
+├── StoreError          store       the collection or its engine said no
+│   └── PointError      store       ... to these points; others may be fine
+├── PartialError        partial     done, but some rows were rejected
+├── GateError           gate        a student below its retention gate (the student is kept)
+└── MismatchError       mismatch    a collection that another student filled
+
+`kind` is what front ends translate: the command line to an exit code, the service to an HTTP status.
+Messages name parameters as Python has them, between backticks; the command line turns them into its flags.
 """
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+_names: ContextVar[Mapping[str, str] | None] = ContextVar("names", default=None)
+
+
+@contextmanager
+def calling_parameters(names: Mapping[str, str]) -> Iterator[None]:
+    """Errors from inside print `parameter` under its name in `names`: what a front end calls it."""
+    token = _names.set(names)
+    try:
+        yield
+    except DclipError as error:
+        error.names = error.names or names  # it is printed after this context was left
+        raise
+    finally:
+        _names.reset(token)
 
 
 class DclipError(Exception):
     """Where it happened · what came · what was expected · what to do."""
 
-    exit_code = 1
+    kind = "failure"
+    names: Mapping[str, str] | None = None  # what a front end calls parameters
 
     def __init__(self, where: object, came: str, expected: str | None = None, do: str | None = None) -> None:
-        line = f"{where}: {came}"
-        if expected:
-            line += f"; expected {expected}"
-        if do:
-            line += f" -> {do}"
-        super().__init__(line)
         self.where, self.came, self.expected, self.do = str(where), came, expected, do
+        super().__init__(self._line())
 
-    def __reduce__(self) -> tuple:  # crosses process borders whole (Ray pickles errors)
+    def _line(self) -> str:
+        line = f"{self.where}: {self.came}"
+        if self.expected:
+            line += f"; expected {self.expected}"
+        return line + (f" -> {self.do}" if self.do else "")
+
+    def __str__(self) -> str:
+        names = self.names or _names.get() or {}
+        return re.sub(r"`(\w+)`", lambda match: names.get(match.group(1), match.group(0)), self._line())
+
+    def __reduce__(self) -> tuple[type, tuple[str | None, ...]]:
+        """Crosses process borders whole (Ray pickles errors)."""
         return type(self), (self.where, self.came, self.expected, self.do)
 
 
 class UsageError(DclipError):
-    exit_code = 2
+    kind = "usage"
 
 
 class RecipeError(UsageError):
@@ -45,11 +76,11 @@ class RecipeError(UsageError):
 
 
 class MissingExtra(DclipError):
-    pass
+    kind = "missing"
 
 
 class InputError(DclipError):
-    pass
+    kind = "input"
 
 
 class SchemaError(InputError):
@@ -60,12 +91,16 @@ class ImageError(InputError):
     pass
 
 
+class ImageTooLarge(ImageError):
+    kind = "too_large"
+
+
 class LeakError(DclipError):
-    pass
+    kind = "input"
 
 
 class StudentError(DclipError):
-    pass
+    kind = "student"
 
 
 class ParityError(DclipError):
@@ -73,7 +108,7 @@ class ParityError(DclipError):
 
 
 class StoreError(DclipError):
-    pass
+    kind = "store"
 
 
 class PointError(StoreError):
@@ -81,12 +116,12 @@ class PointError(StoreError):
 
 
 class PartialError(DclipError):
-    exit_code = 3
+    kind = "partial"
 
 
 class GateError(DclipError):
-    exit_code = 3
+    kind = "gate"
 
 
 class MismatchError(DclipError):
-    exit_code = 4
+    kind = "mismatch"

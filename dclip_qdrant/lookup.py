@@ -8,10 +8,23 @@ from pathlib import Path
 from dclip_qdrant.errors import MissingExtra, RecipeError
 
 EXTRA_OF = {  # which extra brings a module that may be absent
-    "torch": "train", "torchvision": "train", "open_clip": "train", "ultralytics": "train", "ray": "train", "onnx": "train", "onnxscript": "train",
-    "safetensors": "train", "timm": "train", "matplotlib": "train", "qdrant_edge": "edge", "fastembed": "fastembed", "starlette": "serve",
-    "uvicorn": "serve", "prometheus_client": "serve", "fastapi": "ray-serve",
-}  # fmt: skip
+    "torch": "train",
+    "torchvision": "train",
+    "open_clip": "train",
+    "ultralytics": "train",
+    "ray": "train",
+    "onnx": "train",
+    "onnxscript": "train",
+    "safetensors": "train",
+    "timm": "train",
+    "matplotlib": "train",
+    "qdrant_edge": "edge",
+    "fastembed": "fastembed",
+    "starlette": "serve",
+    "uvicorn": "serve",
+    "prometheus_client": "serve",
+    "fastapi": "ray-serve",
+}
 
 
 def did_you_mean(name: str, known: list[str]) -> str:
@@ -20,12 +33,14 @@ def did_you_mean(name: str, known: list[str]) -> str:
 
 
 def names(folder: str) -> list[str]:
-    """The components in `dclip_qdrant/<folder>/`, by file name."""
-    return sorted(p.stem for p in (Path(__file__).parent / folder).glob("*.py") if not p.stem.startswith("_"))
+    """The components in a folder of the package (`detectors`, `training.objectives`), by file name."""
+    path = Path(__file__).parent.joinpath(*folder.split("."))
+    return sorted(p.stem for p in path.glob("*.py") if not p.stem.startswith("_"))
 
 
 def find(folder: str, name: str) -> type:
-    """The class that `name` means: `info_nce` in `objectives` is `InfoNce` in `objectives/info_nce.py`.
+    """The class that `name` means: `info_nce` in `training.objectives` is `InfoNce` in
+    `training/objectives/info_nce.py`.
 
     Raises:
         RecipeError: no such file, module or class.
@@ -42,7 +57,9 @@ def find(folder: str, name: str) -> type:
     except ModuleNotFoundError as e:
         if e.name and not module.startswith(e.name):
             raise missing(e.name, f"{folder} {name!r}") from e
-        raise RecipeError(folder, f"no module {module!r} for {name!r}", 'a file name here or "package.module:Class"') from e
+        raise RecipeError(
+            folder, f"no module {module!r} for {name!r}", 'a file name here or "package.module:Class"'
+        ) from e
     except AttributeError as e:
         raise RecipeError(folder, f"no class {cls!r} in {module}") from e
 

@@ -1,15 +1,34 @@
 """Retrieval and classification figures from vectors; numpy alone, so that both wings use the same ones.
 
-Ranks are pessimistic: an item that ties with the right one stands before it, so that a model which says the same of everything scores
-nothing. `mrr` is what DCLIP's code calls MAP: the mean over both directions of 1 / (rank of the best right item).
+Ranks are pessimistic: an item that ties with the right one stands before it, so that a model which says the
+same of everything scores nothing. `mrr` is what DCLIP's code calls MAP: the mean over both directions of 1 /
+(rank of the best right item).
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NotRequired, TypedDict, cast
 
 import numpy as np
 
 KS = (1, 5, 10)
+
+# The figures of one direction and of one evaluation, in the shape of schemas/evaluation.json.
+DirectionFigures = TypedDict(
+    "DirectionFigures", {"r@1": float, "r@5": float, "r@10": float, "mrr": float, "map": float}
+)
+RetrievalFigures = TypedDict(
+    "RetrievalFigures",
+    {
+        "t2i": DirectionFigures,
+        "i2t": DirectionFigures,
+        "mrr": float,
+        "map": float,
+        "mean_r@1": float,
+        "n_images": int,
+        "n_texts": int,
+        "ci": NotRequired[dict[str, Any]],
+    },
+)
 
 
 def normalise(x: np.ndarray) -> np.ndarray:
@@ -27,7 +46,8 @@ def shorten(x: np.ndarray, dim: int | None) -> np.ndarray:
 class Ranks:
     """Where the right items came out, from 1.
 
-    t2i [M]: rank of the caption's picture among all pictures. i2t: for each picture the ascending ranks of its captions among all captions.
+    t2i [M]: rank of the caption's picture among all pictures. i2t: for each picture the ascending ranks of
+    its captions among all captions.
     """
 
     t2i: np.ndarray
@@ -36,7 +56,8 @@ class Ranks:
 
 
 def ranks(image: np.ndarray, text: np.ndarray, owner: np.ndarray, *, block: int = 1024) -> Ranks:
-    """image [N, D], text [M, D] unit rows, owner [M] = index of each caption's picture. Memory: block x max(N, M) floats."""
+    """image [N, D], text [M, D] unit rows, owner [M] = index of each caption's picture. Memory: block x
+    max(N, M) floats."""
     owner = np.asarray(owner)
     if not (np.isfinite(image).all() and np.isfinite(text).all()):
         raise ValueError("embeddings hold NaN or infinity")
@@ -59,20 +80,23 @@ def ranks(image: np.ndarray, text: np.ndarray, owner: np.ndarray, *, block: int 
 
 
 def per_picture(r: Ranks) -> dict[str, np.ndarray]:
-    """Every figure as one number a picture [N] (captions of a picture averaged), so that means and bootstraps are sums over pictures."""
+    """Every figure as one number a picture [N] (captions of a picture averaged), so that means and bootstraps
+    are sums over pictures."""
     n = len(r.i2t)
     count = np.maximum(np.bincount(r.owner, minlength=n), 1)
     mean = lambda v: np.bincount(r.owner, weights=v, minlength=n) / count
     best = np.array([x[0] if len(x) else np.iinfo(np.int64).max for x in r.i2t])
     out = {f"t2i.r@{k}": mean(r.t2i <= k) for k in KS} | {f"i2t.r@{k}": (best <= k).astype(float) for k in KS}
-    out["t2i.mrr"] = out["t2i.map"] = mean(1.0 / r.t2i)  # one right picture a caption: average precision is the reciprocal rank
+    # one right picture a caption: average precision is the reciprocal rank
+    out["t2i.mrr"] = out["t2i.map"] = mean(1.0 / r.t2i)
     out["i2t.mrr"] = 1.0 / best
     out["i2t.map"] = np.array([np.mean(np.arange(1, len(x) + 1) / x) if len(x) else 0.0 for x in r.i2t])
     return out
 
 
-def retrieval(r: Ranks, *, bootstrap: int = 1000, seed: int = 0) -> dict[str, Any]:
-    """The figures of one evaluation; `ci` holds 95% percentile intervals from resampling pictures with their captions."""
+def retrieval(r: Ranks, *, bootstrap: int = 1000, seed: int = 0) -> RetrievalFigures:
+    """The figures of one evaluation; `ci` holds 95% percentile intervals from resampling pictures with their
+    captions."""
     each = per_picture(r)
     weights = np.bincount(r.owner, minlength=len(r.i2t)).astype(float)
     keys = list(each)
@@ -82,7 +106,8 @@ def retrieval(r: Ranks, *, bootstrap: int = 1000, seed: int = 0) -> dict[str, An
     def means(take: np.ndarray) -> np.ndarray:
         w = weights[take]
         plain = values[:, take].mean(1)
-        return np.where(by_caption, (values[:, take] * w).sum(1) / w.sum(), plain)  # t2i averages over captions
+        # t2i averages over captions
+        return np.where(by_caption, (values[:, take] * w).sum(1) / w.sum(), plain)
 
     out: dict[str, Any] = {"t2i": {}, "i2t": {}}
     point = means(np.arange(len(weights)))
@@ -97,13 +122,14 @@ def retrieval(r: Ranks, *, bootstrap: int = 1000, seed: int = 0) -> dict[str, An
         rng = np.random.default_rng(seed)
         drawn = np.stack([means(rng.integers(0, len(weights), len(weights))) for _ in range(bootstrap)])
         low, high = np.percentile(drawn, [2.5, 97.5], axis=0)
-        out["ci"] = {"t2i": {}, "i2t": {}}
+        intervals: dict[str, Any] = {"t2i": {}, "i2t": {}}
         for key, a, b in zip(keys, low, high, strict=True):
             way, figure = key.split(".")
-            out["ci"][way][figure] = [float(a), float(b)]
+            intervals[way][figure] = [float(a), float(b)]
         mean_r1 = (drawn[:, keys.index("t2i.r@1")] + drawn[:, keys.index("i2t.r@1")]) / 2
-        out["ci"]["mean_r@1"] = [float(v) for v in np.percentile(mean_r1, [2.5, 97.5])]
-    return out
+        intervals["mean_r@1"] = [float(v) for v in np.percentile(mean_r1, [2.5, 97.5])]
+        out["ci"] = intervals
+    return cast(RetrievalFigures, out)
 
 
 def mean_r1(r: Ranks) -> np.ndarray:
@@ -112,8 +138,11 @@ def mean_r1(r: Ranks) -> np.ndarray:
     return (each["t2i.r@1"] + each["i2t.r@1"]) / 2
 
 
-def paired_difference(a: np.ndarray, b: np.ndarray, *, bootstrap: int = 2000, seed: int = 0) -> dict[str, Any]:
-    """b minus a, scores [N] of the same pictures (`mean_r1`, averaged over seeds where there are several), with its 95% paired-bootstrap interval."""
+def paired_difference(
+    a: np.ndarray, b: np.ndarray, *, bootstrap: int = 2000, seed: int = 0
+) -> dict[str, Any]:
+    """b minus a, scores [N] of the same pictures (`mean_r1`, averaged over seeds where there are several),
+    with its 95% paired-bootstrap interval."""
     d = b - a
     rng = np.random.default_rng(seed)
     drawn = np.array([d[rng.integers(0, len(d), len(d))].mean() for _ in range(bootstrap)])

@@ -1,18 +1,19 @@
-"""A recipe: everything that decides what a student becomes. TOML in `recipes/`, checked whole, unknown keys are errors.
+"""A recipe: everything that decides what a student becomes. TOML in `recipes/`, checked whole, unknown keys
+are errors.
 
-`Recipe.load("dclip", ["train.lr=1e-4"])` reads the file, applies the settings and checks types and ranges. Strings name components
-(`lookup.py`), so that adding an objective or a detector changes nothing here.
+`Recipe.load("dclip", ["train.lr=1e-4"])` reads the file, applies the settings and checks types and ranges.
+Strings name components (`lookup.py`), so that adding an objective or a detector changes nothing here.
 """
 
 import json
-import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from dclip_qdrant.errors import RecipeError
 from dclip_qdrant.lookup import did_you_mean
+from dclip_qdrant.settings import apply_setting, checked, read_toml
 
 HERE = Path(__file__).parent / "recipes"
 
@@ -26,64 +27,96 @@ class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Regions(_Part):
-    detector: str = Field("yolo", description="a file in detectors/, or package.module:Class")
-    options: dict[str, Any] = Field({}, description="keyword arguments of the detector, e.g. weights, image_size, min_score")
-    top_k: Positive = Field(4, description="boxes a picture, by confidence x area")
-    context: Fraction = Field(0.1, description="each side of a crop is widened by this part of the box")
+class RegionSettings(_Part):
+    detector: str = Field(default="yolo", description="a file in detectors/, or package.module:Class")
+    options: dict[str, Any] = Field(
+        default={}, description="keyword arguments of the detector, e.g. weights, image_size, min_score"
+    )
+    top_k: Positive = Field(default=4, description="boxes a picture, by confidence x area")
+    context: Fraction = Field(
+        default=0.1, description="each side of a crop is widened by this part of the box"
+    )
 
 
-class Teacher(_Part):
+class TeacherSettings(_Part):
     """The region teacher (docs/papers.md 1.1 and 6.2)."""
 
     fusion: Literal["bidirectional", "regions_only"] = Field(
-        "bidirectional", description="text and regions attend to each other, or regions alone (no caption inside)"
+        default="bidirectional",
+        description="text and regions attend to each other, or regions alone (no caption inside)",
     )
     spans: Literal["tokens", "phrases"] = "tokens"
     caption: Literal["same", "other"] = Field(
-        "other", description="`same` fuses the very caption that is the target (as released: it can be copied); `other` fuses another one"
+        default="other",
+        description=(
+            "`same` fuses the very caption that is the target (as released: it can be copied); "
+            "`other` fuses another one"
+        ),
     )
     heads: Positive = 8
-    mask_padding: bool = Field(True, description="false: padded rows take part in attention and pooling, as released")
-    normalise_crops: bool = Field(True, description="false: crops are squashed and only scaled to 0..1, as released")
-    include_global: bool = Field(True, description="the whole picture is a region token too")
-    gate: float | Literal["none"] = Field(
-        0.1, description="e = n(image + gate x fused), the start of a learned gate; none: the fused embedding alone, as released"
+    mask_padding: bool = Field(
+        default=True, description="false: padded rows take part in attention and pooling, as released"
     )
-    pool_temperature: float = Field(2.0, gt=0)
-    temperature: float = Field(0.05, gt=0, description="of the teacher's InfoNCE")
+    normalise_crops: bool = Field(
+        default=True, description="false: crops are squashed and only scaled to 0..1, as released"
+    )
+    include_global: bool = Field(default=True, description="the whole picture is a region token too")
+    gate: float | Literal["none"] = Field(
+        default=0.1,
+        description=(
+            "e = n(image + gate x fused), the start of a learned gate; none: the fused "
+            "embedding alone, as released"
+        ),
+    )
+    pool_temperature: float = Field(default=2.0, gt=0)
+    temperature: float = Field(default=0.05, gt=0, description="of the teacher's InfoNCE")
     epochs: Positive = 10
-    lr: float = Field(1e-3, gt=0)
+    lr: float = Field(default=1e-3, gt=0)
     weight_decay: Weight = 0.0
     optimizer: Literal["adam", "adamw"] = "adamw"
     batch_size: Positive = 256
     schedule: Literal["cosine", "constant"] = "cosine"
 
 
-class Ensemble(_Part):
-    """Further teachers whose vectors are cached and mixed into soft targets (dataset reinforcement, MobileCLIP)."""
+class EnsembleSettings(_Part):
+    """Further teachers whose vectors are cached and mixed into soft targets (dataset reinforcement,
+    MobileCLIP)."""
 
-    models: tuple[str, ...] = Field((), description="open_clip names or local folders; `base` is the base model as it was")
-
-
-class Inherit(_Part):
-    """A lighter student cut from the base: evenly spaced layers, each inherited whole (ConaCLIP's and TinyCLIP's students). Null keeps all."""
-
-    image_layers: int | None = Field(None, gt=0)
-    text_layers: int | None = Field(None, gt=0)
+    models: tuple[str, ...] = Field(
+        default=(), description="open_clip names or local folders; `base` is the base model as it was"
+    )
 
 
-class Student(_Part):
-    model: str | None = Field(None, description="an open_clip name (ViT-B-32/openai), a local folder, or null: the same model as the base")
-    train: Trainable = Field("attn_proj", description="which image parameters learn; the output projection always does")
-    text: Trainable = Field("frozen", description="which text parameters learn; frozen keeps old text vectors valid")
-    last_n: Positive = Field(2, description="blocks that learn under `last_n`")
-    inherit: Inherit | None = Field(None, description="start from a cut of the base; `model` is then left out")
+class InheritSettings(_Part):
+    """A lighter student cut from the base: evenly spaced layers, each inherited whole (ConaCLIP's and
+    TinyCLIP's students). Null keeps all."""
+
+    image_layers: int | None = Field(default=None, gt=0)
+    text_layers: int | None = Field(default=None, gt=0)
+
+
+class StudentSettings(_Part):
+    model: str | None = Field(
+        default=None,
+        description=(
+            "an open_clip name (ViT-B-32/openai), a local folder, or null: the same model as the base"
+        ),
+    )
+    train: Trainable = Field(
+        default="attn_proj", description="which image parameters learn; the output projection always does"
+    )
+    text: Trainable = Field(
+        default="frozen", description="which text parameters learn; frozen keeps old text vectors valid"
+    )
+    last_n: Positive = Field(default=2, description="blocks that learn under `last_n`")
+    inherit: InheritSettings | None = Field(
+        default=None, description="start from a cut of the base; `model` is then left out"
+    )
     lora_rank: Positive = 8
-    lora_alpha: float = Field(16.0, gt=0)
+    lora_alpha: float = Field(default=16.0, gt=0)
 
 
-class Objective(BaseModel):
+class ObjectiveSettings(BaseModel):
     """`name` and `weight`; every other key goes to the objective itself."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
@@ -95,125 +128,168 @@ class Objective(BaseModel):
         return dict(self.__pydantic_extra__ or {})
 
 
-class Phase(_Part):
+class PhaseSettings(_Part):
     """A part of the schedule in which one tower rests."""
 
     towers: Literal["image", "text", "both"]
     epochs: Positive
 
 
-class Train(_Part):
+class TrainSettings(_Part):
     epochs: Positive = 5
-    phases: tuple[Phase, ...] = Field((), description="one after another, e.g. image, text, both (ConaCLIP's staging); their epochs must sum to `epochs`")
-    batch_size: Positive = Field(256, description="global: what InfoNCE sees, over all workers")
-    chunk_size: Positive = Field(64, description="pictures a forward pass; a larger batch is gradient-cached (same gradient, less memory)")
-    captions: Positive = Field(1, description="captions drawn for each picture in a step")
+    phases: tuple[PhaseSettings, ...] = Field(
+        default=(),
+        description=(
+            "one after another, e.g. image, text, both (ConaCLIP's staging); their epochs must "
+            "sum to `epochs`"
+        ),
+    )
+    batch_size: Positive = Field(default=256, description="global: what InfoNCE sees, over all workers")
+    chunk_size: Positive = Field(
+        default=64,
+        description="pictures a forward pass; a larger batch is gradient-cached (same gradient, less memory)",
+    )
+    captions: Positive = Field(default=1, description="captions drawn for each picture in a step")
     region_share: Fraction = Field(
-        0.0,
-        description="crops drawn beside the pictures, as a part of the batch, for objectives of regions; rivals get as many more epochs",
+        default=0.0,
+        description=(
+            "crops drawn beside the pictures, as a part of the batch, for objectives of "
+            "regions; rivals get as many more epochs"
+        ),
     )
-    span_share: Weight = Field(0.0, description="phrases drawn beside the captions, as a part of the batch's pictures, for objectives of spans")
+    span_share: Weight = Field(
+        default=0.0,
+        description=(
+            "phrases drawn beside the captions, as a part of the batch's pictures, for objectives of spans"
+        ),
+    )
     views: Positive = Field(
-        1, description="stored augmentations of each picture (teacher and student see the same); 1 is the plain picture alone"
+        default=1,
+        description=(
+            "stored augmentations of each picture (teacher and student see the same); 1 is the "
+            "plain picture alone"
+        ),
     )
-    crop_scale: Fraction = Field(0.7, description="smallest area of an augmented view")
-    flip: bool = Field(False, description="mirror half of the views; off, because captions say left and right")
-    lr: float = Field(1e-5, gt=0)
-    text_lr: float | None = Field(None, gt=0, description="null: the same as lr")
-    projection_lr: float | None = Field(None, gt=0, description="of the output projections; null: the same as their tower's")
-    layer_decay: float = Field(1.0, gt=0, le=1, description="learning rate factor from each layer to the one below it")
+    crop_scale: Fraction = Field(default=0.7, description="smallest area of an augmented view")
+    flip: bool = Field(
+        default=False, description="mirror half of the views; off, because captions say left and right"
+    )
+    lr: float = Field(default=1e-5, gt=0)
+    text_lr: float | None = Field(default=None, gt=0, description="null: the same as lr")
+    projection_lr: float | None = Field(
+        default=None, gt=0, description="of the output projections; null: the same as their tower's"
+    )
+    layer_decay: float = Field(
+        default=1.0, gt=0, le=1, description="learning rate factor from each layer to the one below it"
+    )
     weight_decay: Weight = 0.01
-    warmup: Fraction = Field(0.1, description="part of all steps")
+    warmup: Fraction = Field(default=0.1, description="part of all steps")
     schedule: Literal["cosine", "constant"] = "cosine"
-    clip_norm: float | None = Field(1.0, gt=0)
-    checkpoint_s: float = Field(60.0, ge=0, description="seconds between checkpoints (and one at the end)")
+    clip_norm: float | None = Field(default=1.0, gt=0)
+    checkpoint_s: float = Field(
+        default=60.0, ge=0, description="seconds between checkpoints (and one at the end)"
+    )
 
 
-class Keep(_Part):
+class KeepSettings(_Part):
     """What holds on to the base model's knowledge."""
 
-    l2_sp: Weight = Field(0.0, description="pull towards the starting weights (L2-SP, Li et al. 2018)")
-    ema: Fraction = Field(0.0, description="decay of the averaged weights; 0 is off")
+    l2_sp: Weight = Field(
+        default=0.0, description="pull towards the starting weights (L2-SP, Li et al. 2018)"
+    )
+    ema: Fraction = Field(default=0.0, description="decay of the averaged weights; 0 is off")
     wise_ft: tuple[Fraction, ...] = Field(
-        (1.0,), min_length=1, description="alphas tried on validation (WiSE-FT, Wortsman et al. 2022); 1 is the student as trained"
+        default=(1.0,),
+        min_length=1,
+        description="alphas tried on validation (WiSE-FT, Wortsman et al. 2022); 1 is the student as trained",
     )
 
 
-class Hubness(_Part):
-    """Turns down hubs, the pictures and captions that are near to everything, after training and in the weights (training/hubness.py). The text tower's
-    vectors change by it, a frozen one's too."""
+class HubnessSettings(_Part):
+    """Turns down hubs, the pictures and captions that are near to everything, after training and in the
+    weights (training/hubness.py). The text tower's vectors change by it, a frozen one's too."""
 
-    strengths: tuple[Weight, ...] = Field((0.0,), min_length=1, description="how much a hub's cosines shrink; tried on validation with every alpha of keep.wise_ft, 0 is off")
-    share: float = Field(0.0625, gt=0, lt=0.5, description="of the components, what each side gives to it")
-    pictures: Positive = Field(4096, description="training pictures that tell where the power lies, at most")
+    strengths: tuple[Weight, ...] = Field(
+        default=(0.0,),
+        min_length=1,
+        description=(
+            "how much a hub's cosines shrink; tried on validation with every alpha of keep.wise_ft, 0 is off"
+        ),
+    )
+    share: float = Field(
+        default=0.0625, gt=0, lt=0.5, description="of the components, what each side gives to it"
+    )
+    pictures: Positive = Field(
+        default=4096, description="training pictures that tell where the power lies, at most"
+    )
 
     @property
     def on(self) -> bool:
         return any(self.strengths)
 
 
-class Index(_Part):
-    """Makes a student fit for short and quantised vectors without changing what it says at full length: both towers are turned by one rotation,
-    learned on the training vectors (training/rotation.py). Nothing is turned without objectives."""
+class IndexSettings(_Part):
+    """Makes a student fit for short and quantised vectors without changing what it says at full length: both
+    towers are turned by one rotation, learned on the training vectors (training/rotation.py). Nothing is
+    turned without objectives."""
 
-    objectives: tuple[Objective, ...] = Field((), description="what the rotation is learned from: matryoshka, quantised")
+    objectives: tuple[ObjectiveSettings, ...] = Field(
+        default=(), description="what the rotation is learned from: matryoshka, quantised"
+    )
     steps: Positive = 400
     batch_size: Positive = 1024
-    lr: float = Field(3e-3, gt=0)
+    lr: float = Field(default=3e-3, gt=0)
 
 
 class Recipe(_Part):
     name: str
-    about: str = Field("", description="what it is for, in a line or two")
-    when: str = Field("", description="when to pick it")
-    regions: Regions = Regions()
-    teacher: Teacher | None = Field(None, description="absent: no teacher, e.g. plain fine-tuning")
-    ensemble: Ensemble = Ensemble()
-    student: Student = Student()
-    objectives: tuple[Objective, ...] = Field(min_length=1)
-    train: Train = Train()
-    keep: Keep = Keep()
-    hubness: Hubness = Hubness()
-    index: Index = Index()
+    about: str = Field(default="", description="what it is for, in a line or two")
+    when: str = Field(default="", description="when to pick it")
+    regions: RegionSettings = RegionSettings()
+    teacher: TeacherSettings | None = Field(
+        default=None, description="absent: no teacher, e.g. plain fine-tuning"
+    )
+    ensemble: EnsembleSettings = EnsembleSettings()
+    student: StudentSettings = StudentSettings()
+    objectives: tuple[ObjectiveSettings, ...] = Field(min_length=1)
+    train: TrainSettings = TrainSettings()
+    keep: KeepSettings = KeepSettings()
+    hubness: HubnessSettings = HubnessSettings()
+    index: IndexSettings = IndexSettings()
 
     @model_validator(mode="after")
     def _agrees(self) -> "Recipe":
         if self.train.phases and sum(p.epochs for p in self.train.phases) != self.train.epochs:
-            raise ValueError(f"train.phases have {sum(p.epochs for p in self.train.phases)} epochs, train.epochs says {self.train.epochs}")
+            raise ValueError(
+                f"train.phases have {sum(p.epochs for p in self.train.phases)} epochs, "
+                f"train.epochs says {self.train.epochs}"
+            )
         if self.student.inherit and self.student.model:
             raise ValueError("student.inherit cuts the student from the base: leave student.model out")
         return self
 
     @classmethod
     def load(cls, name: str | Path, settings: tuple[str, ...] | list[str] = ()) -> "Recipe":
-        """A recipe by name or path, with `a.b=value` settings on top (values are TOML; `objectives.0.weight=2` reaches into the list).
+        """A recipe by name or path, with `a.b=value` settings on top (values are TOML;
+        `objectives.0.weight=2` reaches into the list).
 
         Raises:
             RecipeError: no such recipe, not TOML, an unknown key, a value of the wrong type or out of range.
         """
         path = Path(name) if str(name).endswith(".toml") else HERE / f"{name}.toml"
         if not path.is_file():
-            raise RecipeError("recipe", f"no {str(name)!r}", do=did_you_mean(str(name), recipe_names()))
-        try:
-            raw = tomllib.loads(path.read_text())
-        except tomllib.TOMLDecodeError as e:
-            raise RecipeError(path, f"not TOML: {e}") from e
+            raise RecipeError("`recipe`", f"no {str(name)!r}", do=did_you_mean(str(name), recipe_names()))
+        raw = read_toml(path)
         for setting in settings:
-            _set(raw, setting)
-        try:
-            return cls(**raw)
-        except ValidationError as e:
-            raise _readable(path, e) from e
+            apply_setting(raw, setting)
+        return checked(cls, raw, path)
 
     def with_settings(self, *settings: str) -> "Recipe":
         """This recipe with settings on top, checked again."""
         raw = self.as_dict()
         for setting in settings:
-            _set(raw, setting)
-        try:
-            return Recipe(**raw)
-        except ValidationError as e:
-            raise _readable(self.name, e) from e
+            apply_setting(raw, setting)
+        return checked(Recipe, raw, self.name)
 
     def as_dict(self) -> dict:
         return self.model_dump(mode="json", exclude_none=True)
@@ -224,58 +300,23 @@ def recipe_names() -> list[str]:
 
 
 def describe(recipe: Recipe, name: str) -> str:
-    """A recipe for somebody who has to choose: what it is for, when to pick it, and what it gained and cost in our tables (`recipes/figures.json`, which
-    `ray_jobs/compare.py --figures` makes from a suite's result)."""
+    """A recipe for somebody who has to choose: what it is for, when to pick it, and what it gained and cost
+    in our tables (`recipes/figures.json`, which `ray_jobs/compare.py --figures` makes from a suite's
+    result)."""
     lines = [f"{name}: {recipe.about}"]
     if recipe.when:
         lines.append(f"Pick it: {recipe.when}")
     figures = json.loads((HERE / "figures.json").read_text()) if (HERE / "figures.json").is_file() else []
     for f in figures:
-        if f["recipe"] == recipe.name and name != "demo":
+        if f["recipe"] == recipe.name:
             kept = f", retention {f['retention']:.3f}" if f["retention"] is not None else ""
-            against = "; ".join(f"{d['difference'] * 100:+.1f} [{d['ci'][0] * 100:+.1f}, {d['ci'][1] * 100:+.1f}] against {d['than']}" for d in f["differences"])
-            lines.append(f"Measured ({f['suite']}, {f['group']}, {f['seeds']} seeds): mean R@1 {f['mean_r@1'] * 100:.1f}{kept}; {against}; {f['seconds']:.0f} s to train")
+            against = "; ".join(
+                f"{d['difference'] * 100:+.1f} [{d['ci'][0] * 100:+.1f}, "
+                f"{d['ci'][1] * 100:+.1f}] against {d['than']}"
+                for d in f["differences"]
+            )
+            lines.append(
+                f"Measured ({f['suite']}, {f['group']}, {f['seeds']} seeds): mean R@1 "
+                f"{f['mean_r@1'] * 100:.1f}{kept}; {against}; {f['seconds']:.0f} s to train"
+            )
     return "\n".join(lines)
-
-
-def _set(raw: dict, setting: str) -> None:
-    path, eq, text = setting.partition("=")
-    if not eq:
-        raise RecipeError("--set", repr(setting), "key.key=value, e.g. train.lr=1e-5")
-    try:
-        value = tomllib.loads(f"v = {text}")["v"]
-    except tomllib.TOMLDecodeError:
-        value = text  # a bare word is a string
-    *parents, last = path.strip().split(".")
-    at: Any = raw
-    for part in parents:
-        try:
-            at = at[int(part)] if isinstance(at, list) else at.setdefault(part, {})
-        except (ValueError, IndexError):
-            at = None
-        if not isinstance(at, dict | list):
-            raise RecipeError("--set", repr(setting), f"a key of the recipe, but there is no {part!r} to reach into")
-    if value == "null":
-        at.pop(last, None) if isinstance(at, dict) else None
-        return
-    if isinstance(at, list):
-        raise RecipeError("--set", repr(setting), "a key inside a list item, e.g. objectives.0.weight=2")
-    at[last] = value
-
-
-def _readable(where: object, e: ValidationError) -> RecipeError:
-    """pydantic's first complaint as one line with the right names."""
-    first = e.errors()[0]
-    key = ".".join(map(str, first["loc"]))
-    if first["type"] == "extra_forbidden":
-        model: Any = Recipe
-        for part in first["loc"][:-1]:
-            field = model.model_fields.get(part) if isinstance(part, str) else None
-            kinds = [a for a in getattr(field.annotation, "__args__", (field.annotation,)) if isinstance(a, type)] if field else []
-            model = next((k for k in kinds if issubclass(k, BaseModel)), model)
-        return RecipeError(where, f"unknown key {key!r}", do=did_you_mean(str(first["loc"][-1]), list(model.model_fields)))
-    if first["type"] == "value_error":
-        return RecipeError(where, str(first["ctx"]["error"]))
-    if first["type"] == "missing":
-        return RecipeError(where, f"no {key!r}", "a value for it")
-    return RecipeError(where, f"{key} = {json.dumps(first['input'], default=str)}", first["msg"][0].lower() + first["msg"][1:])

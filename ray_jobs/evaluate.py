@@ -1,13 +1,10 @@
-"""`dclip-qdrant evaluate` as a Ray job: the same figures of a student folder, computed where the data is.
+"""`dclip-qdrant evaluate` as a script for Ray's job API; `--help` says the rest.
 
-ray job submit --working-dir . -- python ray_jobs/evaluate.py --student /data/run/student --pairs /data/pairs --format json
+ray job submit --working-dir . -- python ray_jobs/evaluate.py ...
 """
 
-import sys
-
-from dclip_qdrant import front
-from dclip_qdrant.cli import main
+from dclip_qdrant.cli import front
+from dclip_qdrant.cli.students import evaluate_command
 
 if __name__ == "__main__":
-    sys.argv.insert(1, "evaluate")
-    front.run(main)
+    front.run(evaluate_command)

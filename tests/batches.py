@@ -2,7 +2,7 @@
 
 import torch
 
-from dclip_qdrant.encoded import Encoded
+from dclip_qdrant.training.encoded import Encoded
 
 
 def encoded(n=6, c=1, d=5, seed=0, dtype=torch.float32, grad=False):
@@ -11,7 +11,13 @@ def encoded(n=6, c=1, d=5, seed=0, dtype=torch.float32, grad=False):
     draw = lambda *shape: torch.randn(*shape, generator=g, dtype=dtype)
     image, text = draw(n, d), draw(n * c, d)
     return Encoded(
-        image.requires_grad_(grad), text.requires_grad_(grad), torch.arange(n).repeat_interleave(c), torch.tensor(10.0, dtype=dtype),
-        rois=draw(n, 3, d).requires_grad_(grad), roi_mask=torch.tensor([[True, True, i % 2 == 0] for i in range(n)]), words=draw(n * c, 4, d).requires_grad_(grad),
-        word_mask=torch.tensor([[True, True, True, i % 2 == 1] for i in range(n * c)]), noise=draw(n * c, d),
-    )  # fmt: skip
+        image.requires_grad_(grad),
+        text.requires_grad_(grad),
+        torch.arange(n).repeat_interleave(c),
+        torch.tensor(10.0, dtype=dtype),
+        rois=draw(n, 3, d).requires_grad_(grad),
+        roi_mask=torch.tensor([[True, True, i % 2 == 0] for i in range(n)]),
+        words=draw(n * c, 4, d).requires_grad_(grad),
+        word_mask=torch.tensor([[True, True, True, i % 2 == 1] for i in range(n * c)]),
+        noise=draw(n * c, d),
+    )

@@ -1,4 +1,5 @@
-"""Fixtures: a few rendered scenes, a tiny CLIP made on the spot, and a student exported from it once a session."""
+"""Fixtures: a few rendered scenes, a tiny CLIP made on the spot, and a student exported from it once a
+session."""
 
 import json
 import os
@@ -8,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "examples" / "demo"))
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
@@ -19,7 +20,13 @@ TINY = {
         "vision_cfg": {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8},
         "text_cfg": {"context_length": 24, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
     },
-    "preprocess_cfg": {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5], "size": 32, "interpolation": "bicubic", "resize_mode": "shortest"},
+    "preprocess_cfg": {
+        "mean": [0.5, 0.5, 0.5],
+        "std": [0.5, 0.5, 0.5],
+        "size": 32,
+        "interpolation": "bicubic",
+        "resize_mode": "shortest",
+    },
 }
 
 
@@ -31,16 +38,20 @@ def write_base(folder: Path, seed: int) -> Path:
 
     torch.manual_seed(seed)
     model = open_clip.CLIP(**TINY["model_cfg"])
-    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "open_clip_model.safetensors")
+    save_file(
+        {k: v.contiguous() for k, v in model.state_dict().items()}, folder / "open_clip_model.safetensors"
+    )
     (folder / "open_clip_config.json").write_text(json.dumps(TINY))
     return folder
 
 
 def exported(base: Path, folder: Path) -> Path:
-    from dclip_qdrant.export import export
-    from dclip_qdrant.models import two_tower
+    from dclip_qdrant.jobs.export import export
+    from dclip_qdrant.training.models import two_tower
 
-    return export(two_tower.load(str(base)), folder / "tiny", name="tiny", metrics={}, recipe={"name": "tiny"})
+    return export(
+        two_tower.load(str(base)), folder / "tiny", name="tiny", metrics={}, recipe={"name": "tiny"}
+    )
 
 
 @pytest.fixture(scope="session")
@@ -93,12 +104,13 @@ def rng() -> np.random.Generator:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The Ray jobs first: with `-n 2` they take as long as all the other files, which go to the other process."""
+    """The Ray jobs first: with `-n 2` they take as long as all the other files, which go to the other
+    process."""
     items.sort(key=lambda item: item.path.name != "test_jobs.py")
 
 
 @pytest.fixture(scope="session")
 def student(student_folder):
-    from dclip_qdrant.student import Student
+    from dclip_qdrant.serving.student import Student
 
     return Student.load(student_folder)

@@ -1,7 +1,9 @@
-"""A stand-in for the Qdrant server: its REST paths over qdrant-client's in-memory engine, and its inference as the server does it (v1.19,
-src/common/inference): every object with a model is sent to `inference.address`, in order, and its vector put in its place.
+"""A stand-in for the Qdrant server: its REST paths over qdrant-client's in-memory engine, and its inference
+as the server does it (v1.19, src/common/inference): every object with a model is sent to `inference.address`,
+in order, and its vector put in its place.
 
-No Qdrant binary can be had where these tests run. `python tests/qdrant_standin.py INFERENCE_ADDRESS [TOKEN]` prints its address and serves.
+No Qdrant binary can be had where these tests run. `python tests/qdrant_standin.py INFERENCE_ADDRESS [TOKEN]`
+prints its address and serves.
 """
 
 import json
@@ -29,7 +31,12 @@ class Standin(ThreadingHTTPServer):
 
     def __init__(self, inference: str, token: str | None = None) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
-        self.inference, self.token, self.engine, self.lock = inference, token, QdrantLocal(":memory:"), threading.Lock()
+        self.inference, self.token, self.engine, self.lock = (
+            inference,
+            token,
+            QdrantLocal(":memory:"),
+            threading.Lock(),
+        )
         self.url = f"http://127.0.0.1:{self.server_port}"
 
     def infer(self, body: Any, purpose: str) -> Any:
@@ -46,7 +53,10 @@ class Standin(ThreadingHTTPServer):
         if not found:
             return body
         kind = lambda x: next(k for k in ("text", "image", "object") if k in x)
-        inputs = [{"data": x[kind(x)], "data_type": kind(x), "model": x["model"], "options": x.get("options")} for x in found]
+        inputs = [
+            {"data": x[kind(x)], "data_type": kind(x), "model": x["model"], "options": x.get("options")}
+            for x in found
+        ]
         request = urllib.request.Request(
             self.inference,
             json.dumps({"inputs": inputs, "inference": purpose, "token": self.token}).encode(),
@@ -98,7 +108,11 @@ class Handler(BaseHTTPRequestHandler):
                     return
             if isinstance(result, dict) and "list" in result:
                 result = result["list"]
-            plain = result if isinstance(result, bool | dict | list) else json.loads(TypeAdapter(type(result)).dump_json(result))
+            plain = (
+                result
+                if isinstance(result, bool | dict | list)
+                else json.loads(TypeAdapter(type(result)).dump_json(result))
+            )
             self.answer(200, {"result": plain, "status": "ok", "time": 0.0})
         except Refused as e:
             self.answer(400, {"status": {"error": str(e)}, "time": 0.0})
@@ -111,14 +125,22 @@ class Handler(BaseHTTPRequestHandler):
 def _query(server: Standin, name: str, body: Any) -> Any:
     q = models.QueryRequest(**server.infer(body, "search"))
     return server.engine.query_points(
-        name, query=q.query, prefetch=q.prefetch, using=q.using, query_filter=q.filter, limit=q.limit or 10, with_payload=True if q.with_payload is None else q.with_payload,
+        name,
+        query=q.query,
+        prefetch=q.prefetch,
+        using=q.using,
+        query_filter=q.filter,
+        limit=q.limit or 10,
+        with_payload=True if q.with_payload is None else q.with_payload,
         with_vectors=q.with_vector or False,
-    )  # fmt: skip
+    )
 
 
 def _create(server: Standin, name: str, body: Any) -> Any:
     c = models.CreateCollection(**body)
-    return server.engine.create_collection(name, vectors_config=c.vectors, sparse_vectors_config=c.sparse_vectors, metadata=c.metadata)
+    return server.engine.create_collection(
+        name, vectors_config=c.vectors, sparse_vectors_config=c.sparse_vectors, metadata=c.metadata
+    )
 
 
 def _change(server: Standin, name: str, body: Any) -> Any:
@@ -136,13 +158,19 @@ def _scroll(server: Standin, name: str, body: Any) -> Any:
         with_payload=True if r.with_payload is None else r.with_payload,
         with_vectors=r.with_vector or False,
     )
-    return {"points": json.loads(TypeAdapter(list[models.Record]).dump_json(points)), "next_page_offset": offset}
+    return {
+        "points": json.loads(TypeAdapter(list[models.Record]).dump_json(points)),
+        "next_page_offset": offset,
+    }
 
 
 def _retrieve(server: Standin, name: str, body: Any) -> Any:
     r = models.PointRequest(**body)
     found = server.engine.retrieve(
-        name, r.ids, with_payload=True if r.with_payload is None else r.with_payload, with_vectors=r.with_vector or False
+        name,
+        r.ids,
+        with_payload=True if r.with_payload is None else r.with_payload,
+        with_vectors=r.with_vector or False,
     )
     return {"list": json.loads(TypeAdapter(list[models.Record]).dump_json(found))}
 
@@ -174,7 +202,11 @@ ROUTES = (
     ("PATCH", COLLECTION, _change),
     ("DELETE", COLLECTION, lambda s, n, b: s.engine.delete_collection(n)),
     ("PUT", COLLECTION + "/index", _index),
-    ("PUT", COLLECTION + "/points", lambda s, n, b: s.engine.upsert(n, [models.PointStruct(**p) for p in s.infer(b, "update")["points"]])),
+    (
+        "PUT",
+        COLLECTION + "/points",
+        lambda s, n, b: s.engine.upsert(n, [models.PointStruct(**p) for p in s.infer(b, "update")["points"]]),
+    ),
     ("POST", COLLECTION + "/points", _retrieve),
     ("POST", COLLECTION + "/points/query", _query),
     ("POST", COLLECTION + "/points/scroll", _scroll),
@@ -185,5 +217,6 @@ ROUTES = (
 
 if __name__ == "__main__":
     standin = Standin(*sys.argv[1:])
-    print(standin.url, flush=True)
+    sys.stdout.write(standin.url + "\n")
+    sys.stdout.flush()
     standin.serve_forever()

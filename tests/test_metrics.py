@@ -12,7 +12,8 @@ def test_ranks_by_hand():
     text = np.array([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]], np.float32)
     r = metrics.ranks(image, text, np.array([0, 0, 1]))
     assert r.t2i.tolist() == [1, 2, 1]
-    # picture 0 sees captions at 1.0 (own), 0.6 (own), 0.0: ranks 1, 2; picture 1 sees 0, 0.8, 1.0 (own): rank 1
+    # picture 0 sees captions at 1.0 (own), 0.6 (own), 0.0: ranks 1, 2; picture 1 sees 0, 0.8, 1.0 (own): rank
+    # 1
     assert [x.tolist() for x in r.i2t] == [[1, 2], [1]]
     out = metrics.retrieval(r, bootstrap=0)
     assert out["t2i"]["r@1"] == pytest.approx(2 / 3)
@@ -77,8 +78,12 @@ def test_bootstrap_interval_covers_and_narrows(rng):
 
 def test_paired_difference_is_zero_against_itself_and_finds_a_gain(rng):
     image = metrics.normalise(rng.normal(size=(200, 16)))
-    worse = metrics.mean_r1(metrics.ranks(image, metrics.normalise(image + 0.9 * rng.normal(size=image.shape)), np.arange(200)))
-    better = metrics.mean_r1(metrics.ranks(image, metrics.normalise(image + 0.1 * rng.normal(size=image.shape)), np.arange(200)))
+    worse = metrics.mean_r1(
+        metrics.ranks(image, metrics.normalise(image + 0.9 * rng.normal(size=image.shape)), np.arange(200))
+    )
+    better = metrics.mean_r1(
+        metrics.ranks(image, metrics.normalise(image + 0.1 * rng.normal(size=image.shape)), np.arange(200))
+    )
     assert metrics.paired_difference(worse, worse)["ci"] == [0.0, 0.0]
     assert metrics.paired_difference(worse, better)["ci"][0] > 0
 

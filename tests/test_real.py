@@ -1,4 +1,5 @@
-"""Real photos, a real detector, a real (small) CLIP: numbers that others measured, met again. Skipped where ../shared/data is absent."""
+"""Real photos, a real detector, a real (small) CLIP: numbers that others measured, met again. Skipped where
+../shared/data is absent."""
 
 import json
 from pathlib import Path
@@ -7,7 +8,11 @@ import numpy as np
 import pytest
 
 DATA = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
-pytestmark = [pytest.mark.real, pytest.mark.slow, pytest.mark.skipif(not DATA.is_dir(), reason=f"no real photos in {DATA}")]
+pytestmark = [
+    pytest.mark.real,
+    pytest.mark.slow,
+    pytest.mark.skipif(not DATA.is_dir(), reason=f"no real photos in {DATA}"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -23,22 +28,33 @@ def pairs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def student(tmp_path_factory):
-    from dclip_qdrant.export import export
-    from dclip_qdrant.models.two_tower import load
-    from dclip_qdrant.student import Student
+    from dclip_qdrant.jobs.export import export
+    from dclip_qdrant.serving.student import Student
+    from dclip_qdrant.training.models.two_tower import load
 
     return Student.load(
-        export(load(str(DATA / "base-clip")), tmp_path_factory.mktemp("base") / "base", name="base", metrics={}, recipe={"name": "base"})
+        export(
+            load(str(DATA / "base-clip")),
+            tmp_path_factory.mktemp("base") / "base",
+            name="base",
+            metrics={},
+            recipe={"name": "base"},
+        )
     )
 
 
 def test_the_exported_base_scores_what_its_makers_measured(student, pairs):
-    """shared/data/README.md: text -> image 13.2 / 36.6 / 49.5, image -> text 19.4 / 41.8 / 54.8; flowers5 34.4%."""
-    from dclip_qdrant import evaluation
+    """shared/data/README.md: text -> image 13.2 / 36.6 / 49.5, image -> text 19.4 / 41.8 / 54.8; flowers5
+    34.4%."""
     from dclip_qdrant.pairs import Pairs
+    from dclip_qdrant.serving import evaluation
 
     out = evaluation.evaluate(
-        student, Pairs.open(str(pairs)), labelled=str(DATA / "labelled" / "flowers5.parquet"), bootstrap=0, speed=False
+        student,
+        Pairs.open(str(pairs)),
+        labelled=str(DATA / "labelled" / "flowers5.parquet"),
+        bootstrap=0,
+        speed=False,
     )
     for way, wanted in (("t2i", (0.132, 0.366, 0.495)), ("i2t", (0.194, 0.418, 0.548))):
         assert [out[way][f"r@{k}"] for k in (1, 5, 10)] == pytest.approx(wanted, abs=0.003)
@@ -46,14 +62,14 @@ def test_the_exported_base_scores_what_its_makers_measured(student, pairs):
 
 
 def test_real_photos_ingested_twice(student, tmp_path):
-    from dclip_qdrant.ingest import Embedder, ingest
-    from dclip_qdrant.search import search
-    from dclip_qdrant.stores import open_store
+    from dclip_qdrant.serving.ingest import ingest
+    from dclip_qdrant.serving.search import search
+    from dclip_qdrant.serving.stores import open_store
 
     store = open_store("photos", edge=str(tmp_path))
     source = str(DATA / "flickr8k" / "val.parquet")
-    first = ingest(source, Embedder(student), store, limit=200)
-    second = ingest(source, Embedder(student), store, limit=200)
+    first = ingest(source, student, store, limit=200)
+    second = ingest(source, student, store, limit=200)
     assert (first.embedded, second.embedded, second.unchanged, store.count()) == (200, 0, 200, 200)
     hits = search(store, student, text="a dog running through the snow", limit=5)
     assert sum("dog" in h.payload["caption"] for h in hits) >= 3

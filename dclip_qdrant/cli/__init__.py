@@ -1,67 +1,68 @@
-"""`dclip-qdrant`: parses, calls one function, prints. Data goes to stdout, everything else to stderr. One file a group of commands."""
+"""`dclip-qdrant`: parses, calls one function, prints. Data goes to stdout, everything else to stderr. One
+file a group of commands."""
 
-import tomllib
 from pathlib import Path
 from typing import Any
 
 import click
 
-from dclip_qdrant import __version__, front
-from dclip_qdrant.cli import apps, change, collections, data, students
+from dclip_qdrant import __version__
+from dclip_qdrant.cli import change, collections, data, front, serving_apps, students, train
+from dclip_qdrant.cli.commands import Group
 from dclip_qdrant.errors import UsageError
 
-
-class _Group(click.Group):
-    """Says "did you mean" for a command that isn't there."""
-
-    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
-        if args and self.get_command(ctx, args[0]) is None:
-            from dclip_qdrant.lookup import did_you_mean
-
-            ctx.fail(f"no command {args[0]!r}: {did_you_mean(args[0], self.list_commands(ctx))}")
-        return super().resolve_command(ctx, args)
+STANDS_ON = (
+    "qdrant-client",
+    "qdrant-edge-py",
+    "fastembed",
+    "onnxruntime",
+    "numpy",
+    "pyarrow",
+    "torch",
+    "open_clip_torch",
+    "ray",
+    "ultralytics",
+)
 
 
 def _config(path: str | None) -> dict[str, Any]:
-    """`dclip.toml`: top-level keys for every command, a [command] table for one. Below environment and flags."""
+    """`dclip.toml`: top-level keys for every command, a [command] table for one. Below environment and
+    flags."""
+    from dclip_qdrant.settings import read_toml
+
     file = Path(path or "dclip.toml")
     if not file.is_file():
         if path:
             raise UsageError("--config", f"no file {path}")
         return {}
-    try:
-        raw = tomllib.loads(file.read_text())
-    except tomllib.TOMLDecodeError as e:
-        raise UsageError(file, f"not TOML: {e}") from e
-    everywhere = {k.replace("-", "_"): v for k, v in raw.items() if not isinstance(v, dict)}
-    return {name: everywhere | {k.replace("-", "_"): v for k, v in raw.get(name, {}).items()} for name in main.commands}
+    raw = read_toml(file)
+    everywhere = {_parameter(k): v for k, v in raw.items() if not isinstance(v, dict)}
+    defaults = {}
+    for name in main.commands:
+        own = {_parameter(k): v for k, v in raw.get(name, {}).items()}
+        defaults[name] = everywhere | own
+    return defaults
 
 
-def _version(ctx: click.Context, _: Any, wanted: bool) -> None:
-    if wanted:
-        from importlib.metadata import PackageNotFoundError, version
-
-        click.echo(f"dclip-qdrant {__version__}")
-        for package in (
-            "qdrant-client",
-            "qdrant-edge-py",
-            "fastembed",
-            "onnxruntime",
-            "numpy",
-            "pyarrow",
-            "torch",
-            "open_clip_torch",
-            "ray",
-            "ultralytics",
-        ):
-            try:
-                click.echo(f"  {package} {version(package)}")
-            except PackageNotFoundError:
-                click.echo(f"  {package} -")
-        ctx.exit()
+def _parameter(key: str) -> str:
+    return key.replace("-", "_")
 
 
-@click.group(cls=_Group, context_settings={"auto_envvar_prefix": "DCLIP", "help_option_names": ["-h", "--help"], "max_content_width": 110})
+def _version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
+    if not wanted:
+        return
+    from importlib.metadata import PackageNotFoundError, version
+
+    click.echo(f"dclip-qdrant {__version__}")
+    for package in STANDS_ON:
+        try:
+            click.echo(f"  {package} {version(package)}")
+        except PackageNotFoundError:
+            click.echo(f"  {package} -")
+    ctx.exit()
+
+
+@click.group(cls=Group, context_settings={"auto_envvar_prefix": "DCLIP"})
 @click.option(
     "--version",
     is_flag=True,
@@ -70,20 +71,23 @@ def _version(ctx: click.Context, _: Any, wanted: bool) -> None:
     callback=_version,
     help="Show the versions of this and of what it stands on.",
 )
-@click.option("--config", help="A TOML file with defaults; ./dclip.toml is read by itself.")
+@click.option("--config", metavar="FILE", help="A TOML file with defaults; ./dclip.toml is read by itself.")
 @click.pass_context
 def main(ctx: click.Context, config: str | None) -> None:
     """A team's own light CLIP for Qdrant: pairs in, a distilled student out, pictures in, hits out.
 
-    Values come from flags, else the environment (QDRANT_URL, QDRANT_API_KEY, DCLIP_<COMMAND>_<OPTION>), else dclip.toml.
-    Exit codes: 0 ok, 1 failure, 2 usage, 3 some rows rejected or below a gate, 4 wrong student for the collection, 130 interrupted.
+    Values come from flags, else the environment (QDRANT_URL, QDRANT_API_KEY, DCLIP_<COMMAND>_<OPTION>), else
+    dclip.toml. Exit codes: 0 ok, 1 failure, 2 usage, 3 some rows rejected or below a gate, 4 wrong student
+    for the collection, 130 interrupted.
     """
     ctx.default_map = _config(config)
 
 
-for group in (data, collections, change, apps, students):
-    for command in group.COMMANDS:
-        main.add_command(command)
+main.add_section("Data", data.COMMANDS)
+main.add_section("Students", (*train.COMMANDS, *students.COMMANDS))
+main.add_section("Collections", (*collections.COMMANDS, *change.COMMANDS))
+main.add_section("Serving", serving_apps.COMMANDS)
+main.add_section("Recipes", (students.recipes_group,))
 
 
 def program() -> None:

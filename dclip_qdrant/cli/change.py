@@ -1,178 +1,312 @@
 """A live collection: tune its search, change its student, go back."""
 
 import json
+from typing import Any
 
 import click
 
-from dclip_qdrant import front
-from dclip_qdrant.cli.options import place_options, raise_rejected, store_options, the_place
+from dclip_qdrant.cli import front
+from dclip_qdrant.cli.commands import command
+from dclip_qdrant.cli.options import (
+    images_option,
+    opened_place,
+    place_options,
+    prefix_option,
+    quiet_option,
+    raise_rejected,
+    rejects_option,
+    spec_option,
+    store_options,
+    student_option,
+    table_or_json,
+    threads_option,
+)
 from dclip_qdrant.errors import UsageError
 
+golden_split_option = click.option(
+    "--split", metavar="NAME", help="Of the golden pairs.  [default: val, else test]"
+)
+alias_option = click.option("--alias", required=True, metavar="NAME", help="The name that apps query.")
 
-@click.command()
-@click.option("--pairs", "golden", required=True, help="A pairs folder whose captions aren't all indexed, or JSONL with {text, key}.")
-@click.option("--split", help="Of the pairs.  [default: val, else test]")
-@click.option("--student", required=True, help="The student folder that filled the collection.")
+
+@command(
+    "tune",
+    example="dclip-qdrant tune --pairs /data/pairs --student /data/run/student --collection pictures",
+)
+@click.option(
+    "--pairs",
+    "golden",
+    required=True,
+    metavar="DIR|FILE",
+    help="Pairs whose captions aren't all indexed, or JSONL with {text, key}.",
+)
+@golden_split_option
+@student_option
 @store_options
-@click.option("--prefix", default="", help="What `ingest --prefix` put before the keys.")
-@click.option("--limit", type=int, help="At most so many queries.")
-@click.option("--format", "form", type=click.Choice(["table", "json"]), default="table", show_default=True)
-@click.option("--quiet", is_flag=True)
-def tune(golden, split, student, collection, url, edge, api_key, prefix, limit, form, quiet):
-    """Finds hybrid search's weights on your own captions and stores them in the collection; `search --mode hybrid` then uses them.
+@prefix_option
+@click.option("--limit", type=click.IntRange(1), help="At most so many queries.")
+@table_or_json
+@quiet_option
+def tune_command(
+    golden: str,
+    split: str | None,
+    student: str,
+    collection: str,
+    url: str | None,
+    edge: str | None,
+    api_key: str | None,
+    prefix: str,
+    limit: int | None,
+    form: str,
+    quiet: bool,
+) -> None:
+    """Finds hybrid search's weights on your own captions and stores them in the collection; `search --mode
+    hybrid` then uses them.
 
-    Weights are chosen on one half of the pictures and measured on the other. Captions that stand in the collection word for word are left out.
+    Weights are chosen on one half of the pictures and measured on the other. Captions that stand in the
+    collection word for word are left out.
     """
-    from dclip_qdrant.golden import load
-    from dclip_qdrant.progress import Progress
-    from dclip_qdrant.student import Student
-    from dclip_qdrant.tune import describe
-    from dclip_qdrant.tune import tune as find
+    from dclip_qdrant.cli.progress import Progress
+    from dclip_qdrant.serving.golden import load_golden
+    from dclip_qdrant.serving.student import Student
+    from dclip_qdrant.serving.tune import describe, tune
 
-    with the_place(url, edge, api_key) as where:
-        store = where.open(collection)
-        store.describe()
-        queries = load(golden, store, split=split, prefix=prefix, limit=limit)
+    with opened_place(url, edge, api_key) as place:
+        store = place.open(collection)
+        store.describe()  # raises where there is none
+        queries = load_golden(golden, store, split=split, prefix=prefix, limit=limit)
         bar = Progress(quiet=quiet)
-        result = find(store, Student.load(student), queries, say=lambda n: bar(n, f"{n:,} of {len(queries):,} queries"))
+        result = tune(
+            store,
+            Student.load(student),
+            queries,
+            progress=lambda done: bar(done, f"{done:,} of {len(queries):,} queries"),
+        )
         bar.done()
-    click.echo(json.dumps(result, indent=1) if form == "json" else describe(result))
+    click.echo(json.dumps(result.row(), indent=1) if form == "json" else describe(result))
 
 
-@click.command()
-@click.option("--from", "old", required=True, help="The collection (or alias) that serves now.")
-@click.option("--student", required=True, help="The new student folder.")
-@click.option("--to", help="The new collection.  [default: FROM-<8 hex of the student>]")
-@click.option(
-    "--source", help="Where the pictures are now; needed for pictures inside tars or Parquet. Default: where they were ingested from."
+@command(
+    "reindex",
+    example=(
+        "dclip-qdrant reindex --from live --student /data/run2/student --golden /data/pairs "
+        "--old-student /data/run/student"
+    ),
 )
-@click.option("--images", "images_root", help="Where the pictures are, when not beside the file that names them.")
-@click.option("--prefix", default="", help="What `ingest --prefix` put before the keys of SOURCE.")
-@click.option("--spec", default="default", show_default=True, help="What the new collection is.")
-@click.option("--golden", help="Pairs, or JSONL with {text, key}: both collections are measured on it, as `promote` asks.")
-@click.option("--split", help="Of the golden pairs.")
-@click.option("--old-student", help="The student folder that filled FROM; needed with --golden.")
 @click.option(
-    "--mode", type=click.Choice(["dense", "regions", "hybrid"]), default="dense", show_default=True, help="How golden queries are asked."
+    "--from", "old", required=True, metavar="NAME", help="The collection (or alias) that serves now."
 )
-@click.option("--rejects", help="Where rejected pictures are listed.  [default: TO-rejects.jsonl]")
+@student_option
+@click.option("--to", metavar="NAME", help="The new collection.  [default: FROM-<8 hex of the student>]")
+@click.option(
+    "--source",
+    metavar="PATH",
+    help=(
+        "Where the pictures are now; needed for pictures inside tars or Parquet.  [default: "
+        "where they were ingested from]"
+    ),
+)
+@images_option
+@prefix_option
+@spec_option
+@click.option(
+    "--golden",
+    metavar="DIR|FILE",
+    help="Pairs, or JSONL with {text, key}: both collections are measured on it, as `promote` asks.",
+)
+@golden_split_option
+@click.option(
+    "--old-student", metavar="DIR", help="The student folder that filled FROM; needed with --golden."
+)
+@click.option(
+    "--mode",
+    type=click.Choice(["dense", "regions", "hybrid"]),
+    default="dense",
+    help="How golden queries are asked.",
+)
+@rejects_option
 @place_options
-@click.option("--threads", type=int, help="Threads for decoding.")
-@click.option("--quiet", is_flag=True)
-def reindex(
-    old, student, to, source, images_root, prefix, spec, golden, split, old_student, mode, rejects, url, edge, api_key, threads, quiet
-):
-    """Builds a new collection beside the old one with another student; the old one keeps serving. Kill it and run it again: it goes on.
+@threads_option
+@quiet_option
+def reindex_command(
+    old: str,
+    student: str,
+    to: str | None,
+    source: str | None,
+    images_root: str | None,
+    prefix: str,
+    spec: str,
+    golden: str | None,
+    split: str | None,
+    old_student: str | None,
+    mode: str,
+    rejects: str | None,
+    url: str | None,
+    edge: str | None,
+    api_key: str | None,
+    threads: int | None,
+    quiet: bool,
+) -> None:
+    """Builds a new collection beside the old one with another student; the old one keeps serving. Kill it and
+    run it again: it goes on.
 
-    Payload is carried over whole. Then `promote` moves an alias to it. Exit code 3: some pictures were rejected.
+    Payload is carried over whole. Then `promote` moves an alias to it. Exit code 3: some pictures were
+    rejected.
     """
-    from dclip_qdrant import change
-    from dclip_qdrant.collection import CollectionSpec
-    from dclip_qdrant.golden import load
-    from dclip_qdrant.progress import Progress
-    from dclip_qdrant.student import Student
+    from dclip_qdrant.cli.progress import Progress
+    from dclip_qdrant.serving.change import compare
+    from dclip_qdrant.serving.collection import CollectionSpec
+    from dclip_qdrant.serving.golden import load_golden
+    from dclip_qdrant.serving.reindex import reindex, version_name
+    from dclip_qdrant.serving.student import Student
 
     if golden and not old_student:
-        raise UsageError("--golden", "without --old-student", "the student folder that filled " + old)
+        raise UsageError("`golden`", "without `old_student`", f"the student folder that filled {old}")
     new_student = Student.load(student)
-    with the_place(url, edge, api_key) as where:
-        old = where.aliases().get(old, old)
-        to = to or change.version_name(old, new_student)
+    with opened_place(url, edge, api_key) as place:
+        old = place.aliases().get(old, old)
+        to = to or version_name(old, new_student)
         rejects = rejects or f"{to}-rejects.jsonl"
         bar = Progress(quiet=quiet)
-        store, report = change.reindex(where, old, new_student, to=to, source=source, images_root=images_root, prefix=prefix, spec=CollectionSpec.load(spec), threads=threads,
-                                       rejects=rejects, progress=lambda r: bar(r.seen, r.line()))  # fmt: skip
+        store, report = reindex(
+            place,
+            old,
+            new_student,
+            to=to,
+            source=source,
+            images_root=images_root,
+            prefix=prefix,
+            spec=CollectionSpec.load(spec),
+            threads=threads,
+            rejects=rejects,
+            progress=lambda report: bar(report.seen, report.line()),
+        )
         bar.done()
         front.say(f"{to}: {report.line()}")
-        out = {"collection": to, "from": old} | report.row() | {"points": store.count()}
-        if golden:
-            before = where.open(old)
-            g = change.compare(
-                before, Student.load(old_student), store, new_student, load(golden, store, split=split, prefix=prefix), mode=mode
+        answer: dict[str, Any] = {"collection": to, "from": old} | report.row() | {"points": store.count()}
+        if golden and old_student:
+            queries = load_golden(golden, store, split=split, prefix=prefix)
+            before = place.open(old)
+            g = compare(before, Student.load(old_student), store, new_student, queries, mode=mode)
+            answer["golden"] = g.row()
+            front.say(
+                f"golden, {g.queries:,} queries: R@10 {g.before['r@10'] * 100:.1f} -> "
+                f"{g.after['r@10'] * 100:.1f}, mean of R@1, 5, 10 {g.difference * 100:+.1f} points, "
+                f"95% [{g.ci[0] * 100:+.1f}, {g.ci[1] * 100:+.1f}]"
             )
-            front.say(f"golden, {g['queries']:,} queries: R@10 {g['before']['r@10'] * 100:.1f} -> {g['after']['r@10'] * 100:.1f}, "
-                      f"mean of R@1, 5, 10 {g['difference'] * 100:+.1f} points, 95% [{g['ci'][0] * 100:+.1f}, {g['ci'][1] * 100:+.1f}]")  # fmt: skip
-            out["golden"] = g
-        click.echo(json.dumps(out))
+        click.echo(json.dumps(answer))
     raise_rejected(report, old, rejects)
 
 
-@click.command()
-@click.option("--alias", required=True, help="The name that apps query.")
-@click.option("--to", required=True, help="The collection it shall mean.")
+@command("promote", example="dclip-qdrant promote --alias live --to pictures-1a2b3c4d")
+@alias_option
+@click.option("--to", required=True, metavar="NAME", help="The collection it shall mean.")
 @click.option(
-    "--tolerance", default=0.0, show_default=True, help="Golden score that may be lost; 0.01 is one point of the mean of R@1, 5, 10."
+    "--tolerance",
+    default=0.0,
+    help="Golden score that may be lost; 0.01 is one point of the mean of R@1, 5, 10.",
 )
-@click.option("--missing", default=0, show_default=True, help="Points that the new collection may lack.")
+@click.option("--missing", type=click.IntRange(0), default=0, help="Points that the new collection may lack.")
 @click.option("--force", is_flag=True, help="Without the gate.")
 @place_options
-def promote(alias, to, tolerance, missing, force, url, edge, api_key):
-    """Moves the alias to a collection in one call, if nothing is missing there and the golden queries are answered no worse. Exit code 3: below the gate."""
-    from dclip_qdrant import change
+def promote_command(
+    alias: str,
+    to: str,
+    tolerance: float,
+    missing: int,
+    force: bool,
+    url: str | None,
+    edge: str | None,
+    api_key: str | None,
+) -> None:
+    """Moves the alias to a collection in one call, if nothing is missing there and the golden queries are
+    answered no worse. Exit code 3: below the gate."""
+    from dclip_qdrant.serving.change import promote
 
-    with the_place(url, edge, api_key) as where:
-        done = change.promote(where, alias, to, tolerance=tolerance, missing=missing, force=force)
-    front.say(f"{alias} is {to} now" + (f" (before: {done['before']})" if done["before"] else ""))
-    click.echo(json.dumps(done))
+    with opened_place(url, edge, api_key) as place:
+        done = promote(place, alias, to, tolerance=tolerance, missing=missing, force=force)
+    front.say(f"{alias} is {to} now" + (f" (before: {done.before})" if done.before else ""))
+    click.echo(json.dumps(done.row()))
 
 
-@click.command()
-@click.option("--alias", required=True, help="The name that apps query.")
+@command("rollback", example="dclip-qdrant rollback --alias live")
+@alias_option
 @place_options
-def rollback(alias, url, edge, api_key):
+def rollback_command(alias: str, url: str | None, edge: str | None, api_key: str | None) -> None:
     """Moves the alias back to what it was before the last promotion."""
-    from dclip_qdrant import change
+    from dclip_qdrant.serving.change import rollback
 
-    with the_place(url, edge, api_key) as where:
-        done = change.rollback(where, alias)
-    front.say(f"{alias} is {done['collection']} again")
-    click.echo(json.dumps(done))
+    with opened_place(url, edge, api_key) as place:
+        done = rollback(place, alias)
+    front.say(f"{alias} is {done.collection} again")
+    click.echo(json.dumps(done.row()))
 
 
-@click.command()
+@command("collections", example="dclip-qdrant collections --url http://localhost:6333")
 @place_options
-@click.option("--format", "form", type=click.Choice(["table", "json"]), default="table", show_default=True)
-def collections(url, edge, api_key, form):
+@table_or_json
+def collections_command(url: str | None, edge: str | None, api_key: str | None, form: str) -> None:
     """Lists collections: their student, their points, the aliases that mean them."""
-    from dclip_qdrant.change import versions
+    from dclip_qdrant.serving.change import versions
 
-    with the_place(url, edge, api_key) as where:
-        rows = versions(where)
+    with opened_place(url, edge, api_key) as place:
+        rows = versions(place)
     if form == "json":
-        click.echo(json.dumps(rows, indent=1))
+        click.echo(json.dumps([row.row() for row in rows], indent=1))
         return
-    for r in rows:
-        count = f"{r['points']:,}" if r["points"] is not None else "in use"
-        click.echo(
-            f"{r['collection']:<32} {count:>10}  {r['student'] or '-':<28} {'<- ' + ', '.join(r['aliases']) if r['aliases'] else ''}".rstrip()
-        )
+    for row in rows:
+        count = f"{row.points:,}" if row.points is not None else "in use"
+        aliases = f"<- {', '.join(row.aliases)}" if row.aliases else ""
+        click.echo(f"{row.collection:<32} {count:>10}  {row.student or '-':<28} {aliases}".rstrip())
     if not rows:
         front.say("no collections here")
 
 
-@click.command()
-@click.option("--edge", required=True, help="Folder of embedded collections.")
-@click.option("--collection", required=True, envvar="COLLECTION_NAME", help="The collection to copy.")
-@click.option("--url", envvar="QDRANT_URL", required=True, help="The Qdrant server.")
-@click.option("--to", help="Its name there.  [default: the same]")
-@click.option("--api-key", envvar="QDRANT_API_KEY", help="The server's key; better in QDRANT_API_KEY.")
-@click.option("--quiet", is_flag=True)
-def push(edge, collection, url, to, api_key, quiet):
-    """Copies an embedded collection to a Qdrant server, vectors and all; run again, it copies what is missing."""
-    from dclip_qdrant import change
-    from dclip_qdrant.progress import Progress
-    from dclip_qdrant.stores import place
+@command(
+    "push", example="dclip-qdrant push --edge ./dclip-edge --collection pictures --url http://localhost:6333"
+)
+@click.option("--edge", required=True, metavar="DIR", help="Folder of embedded collections.")
+@click.option(
+    "--collection",
+    required=True,
+    envvar="COLLECTION_NAME",
+    show_envvar=True,
+    metavar="NAME",
+    help="The collection to copy.",
+)
+@click.option(
+    "--url", envvar="QDRANT_URL", show_envvar=True, required=True, metavar="URL", help="The Qdrant server."
+)
+@click.option("--to", metavar="NAME", help="Its name there.  [default: the same]")
+@click.option("--api-key", envvar="QDRANT_API_KEY", show_envvar=True, metavar="KEY", help="The server's key.")
+@quiet_option
+def push_command(
+    edge: str, collection: str, url: str, to: str | None, api_key: str | None, quiet: bool
+) -> None:
+    """Copies an embedded collection to a Qdrant server, vectors and all; run again, it copies what is
+    missing."""
+    from dclip_qdrant.cli.progress import Progress
+    from dclip_qdrant.serving.change import push
 
-    here, there = place(edge=edge), place(url=url, api_key=api_key)
     bar = Progress(quiet=quiet)
-    try:
-        done, new = change.push(here, there, collection, to=to, progress=lambda d, n: bar(d, f"{d:,} points, {n:,} new"))
-    finally:
-        here.close()
-        there.close()
+    with opened_place(None, edge, None) as here, opened_place(url, None, api_key) as there:
+        done, new = push(
+            here,
+            there,
+            collection,
+            to=to,
+            progress=lambda done, new: bar(done, f"{done:,} points, {new:,} new"),
+        )
     bar.done()
     front.say(f"{url}/{to or collection}: {done:,} points, {new:,} new")
     click.echo(json.dumps({"collection": to or collection, "points": done, "new": new}))
 
 
-COMMANDS = (tune, reindex, promote, rollback, collections, push)
+COMMANDS = (
+    collections_command,
+    tune_command,
+    reindex_command,
+    promote_command,
+    rollback_command,
+    push_command,
+)

@@ -1,241 +1,441 @@
 """Collections: fill, search, look at."""
 
 import json
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 
-from dclip_qdrant import front
-from dclip_qdrant.cli.options import FORMATS, key_values, open_store, raise_rejected, store_options
+from dclip_qdrant.cli import front
+from dclip_qdrant.cli.commands import command
+from dclip_qdrant.cli.options import (
+    detector_arguments,
+    detector_options,
+    images_option,
+    make_detector,
+    name_list,
+    opened_store,
+    prefix_option,
+    quiet_option,
+    raise_rejected,
+    rejects_option,
+    spec_option,
+    store_options,
+    student_option,
+    table_or_json,
+    threads_option,
+    together,
+)
+from dclip_qdrant.cli.submit import submit_option
 from dclip_qdrant.errors import UsageError
 
+if TYPE_CHECKING:
+    from dclip_qdrant.serving.embedder import Layout
+    from dclip_qdrant.serving.search import Hit
+    from dclip_qdrant.serving.stores.qdrant import Qdrant
 
-@click.command()
-@click.argument("source")
-@click.option("--student", required=True, help="A student folder.")
-@store_options
-@click.option("--detector", help="Find regions: yolo, grid, or package.module:Class.")
-@click.option("--weights", help="The detector's weights.")
-@click.option("--detector-set", multiple=True, metavar="KEY=VALUE", help="The detector's options, e.g. min_score=0.4.")
-@click.option("--regions", "regions_file", help="Regions that are there already: a regions folder (parts in the contract).")
-@click.option("--top-k", default=4, show_default=True, help="Regions kept a picture, by confidence x area.")
-@click.option(
-    "--spec", default="default", show_default=True, help="What a new collection is: a name in schemas/collections or a .toml file."
+regions_option = click.option(
+    "--regions",
+    metavar="DIR",
+    help="Regions that are there already: a stage of extract-regions, or parts in the contract.",
 )
-@click.option("--images", "images_root", help="Where the pictures are, when not beside the file that names them.")
-@click.option("--split", "splits", multiple=True, help="Only these splits of a source that has splits.")
-@click.option("--prefix", default="", help="Put before every key, to keep sources apart.")
+top_k_option = click.option(
+    "--top-k", type=click.IntRange(1), default=4, help="Regions kept a picture, by confidence x area."
+)
+splits_option = together(
+    click.option(
+        "--splits",
+        callback=name_list,
+        metavar="NAME,NAME",
+        help="Only these splits of a source that has splits.",
+    ),
+    click.option("--split", "splits_too", multiple=True, hidden=True),
+)
+captions_option = click.option(
+    "--captions",
+    type=click.IntRange(1),
+    metavar="N",
+    help=(
+        "Index the first N captions of each picture: the others stay for tune and --golden.  [default: all]"
+    ),
+)
+replace_option = click.option("--replace", is_flag=True, help="A key that another picture has is taken over.")
+
+
+@command(
+    "ingest",
+    example=(
+        "dclip-qdrant ingest /data/shop --student /data/run/student --collection pictures --detector yolo"
+    ),
+)
+@click.argument("source")
+@student_option
+@store_options
+@detector_options
+@regions_option
+@top_k_option
+@spec_option
+@images_option
+@splits_option
+@captions_option
+@prefix_option
 @click.option(
     "--payload-layout",
     "layout",
     type=click.Choice(["flat", "langchain"]),
     default="flat",
-    show_default=True,
     help="langchain adds page_content and metadata.",
 )
 @click.option(
     "--into-existing",
-    "field",
     metavar="FIELD",
-    help="Add our vectors to the points of somebody's collection (--url) whose payload FIELD holds a picture's key.",
+    help=(
+        "Add our vectors to the points of somebody's collection (--url) whose payload FIELD "
+        "holds a picture's key."
+    ),
 )
-@click.option("--replace", is_flag=True, help="A key that another picture has is taken over.")
-@click.option("--limit", type=int, help="Stop after so many pictures.")
-@click.option("--rejects", help="Where rejected pictures are listed.  [default: COLLECTION-rejects.jsonl]")
-@click.option("--threads", type=int, help="Threads for decoding.")
-@click.option("--quiet", is_flag=True)
-def ingest(
-    source,
-    student,
-    collection,
-    url,
-    edge,
-    api_key,
-    detector,
-    weights,
-    detector_set,
-    regions_file,
-    top_k,
-    spec,
-    images_root,
-    splits,
-    prefix,
-    layout,
-    field,
-    replace,
-    limit,
-    rejects,
-    threads,
-    quiet,
-):
+@replace_option
+@click.option("--limit", type=click.IntRange(1), help="Stop after so many pictures.")
+@rejects_option
+@threads_option
+@quiet_option
+def ingest_command(
+    source: str,
+    student: str,
+    collection: str,
+    url: str | None,
+    edge: str | None,
+    api_key: str | None,
+    detector: str | None,
+    detector_weights: str | None,
+    detector_weights_too: str | None,
+    detector_settings: tuple[str, ...],
+    regions: str | None,
+    top_k: int,
+    spec: str,
+    images_root: str | None,
+    splits: tuple[str, ...],
+    splits_too: tuple[str, ...],
+    captions: int | None,
+    prefix: str,
+    layout: "Layout",
+    into_existing: str | None,
+    replace: bool,
+    limit: int | None,
+    rejects: str | None,
+    threads: int | None,
+    quiet: bool,
+) -> None:
     """Embeds the pictures in SOURCE (folder, CSV, JSONL, tar, Parquet, pairs) and fills a collection.
 
-    Pictures that are there already, unchanged, are skipped without being decoded; a killed run goes on where it was. Exit code 3: some were rejected.
+    Pictures that are there already, unchanged, are skipped without being decoded; a killed run goes on where
+    it was. Exit code 3: some were rejected.
     """
-    from dclip_qdrant.collection import CollectionSpec
-    from dclip_qdrant.ingest import Embedder
-    from dclip_qdrant.ingest import ingest as fill
-    from dclip_qdrant.progress import Progress
-    from dclip_qdrant.student import Student
+    from dclip_qdrant.cli.progress import Progress
+    from dclip_qdrant.pairs.region_files import load_regions
+    from dclip_qdrant.serving.collection import CollectionSpec
+    from dclip_qdrant.serving.embedder import Embedder
+    from dclip_qdrant.serving.ingest import ingest
+    from dclip_qdrant.serving.into_existing import ingest_into
+    from dclip_qdrant.serving.student import Student
 
-    if detector and regions_file:
-        raise UsageError("--detector", "and --regions", "one of them")
-    loaded = Student.load(student)
-    wish = CollectionSpec.load(spec)
-    found = _detector(detector, weights, detector_set)
-    boxes = _regions(regions_file)
-    if field and (edge or not url):
-        raise UsageError("--into-existing", "an embedded collection", "--url", "qdrant-edge collections are made by dclip-qdrant alone")
-    store = open_store(collection, url, edge, api_key)
+    if detector and regions:
+        raise UsageError("`detector`", "and `regions`", "one of them")
+    if into_existing and (edge or not url):
+        do = "qdrant-edge collections are made by dclip-qdrant alone"
+        raise UsageError("`into_existing`", "an embedded collection", "`url`", do)
+    loaded, wish = Student.load(student), CollectionSpec.load(spec)
+    finder = make_detector(
+        detector_arguments(detector, detector_weights or detector_weights_too, detector_settings)
+    )
+    boxes = load_regions(regions) if regions else None
     rejects = rejects or f"{collection}-rejects.jsonl"
     bar = Progress(quiet=quiet)
-    embedder = Embedder(loaded, detector=found, regions=boxes, top_k=top_k, threads=threads, layout=layout)
-    how: dict[str, Any] = {"spec": wish, "images_root": images_root, "prefix": prefix, "splits": splits, "replace": replace, "limit": limit, "rejects": rejects,
-                           "progress": lambda r: bar(r.seen, r.line())}  # fmt: skip
-    try:
-        if field:
-            from dclip_qdrant.into_existing import ingest_into
-
-            report, guest = ingest_into(source, embedder, store, field=field, **how)
+    shared: dict[str, Any] = {
+        "spec": wish,
+        "images_root": images_root,
+        "prefix": prefix,
+        "splits": (*splits, *splits_too),
+        "captions": captions,
+        "replace": replace,
+        "limit": limit,
+        "rejects": rejects,
+        "progress": lambda report: bar(report.seen, report.line()),
+    }
+    with opened_store(collection, url, edge, api_key) as store:
+        row: dict[str, Any] = {"collection": collection}
+        if into_existing:
+            embedder = Embedder(loaded, detector=finder, regions=boxes, top_k=top_k, threads=threads)
+            report, guest = ingest_into(
+                source, embedder, cast("Qdrant", store), field=into_existing, **shared
+            )
+            row["without_picture"] = guest.without_picture
+            left = f"{guest.without_picture:,} of {guest.points:,} points have no picture in {source}"
         else:
-            report, guest = fill(source, embedder, store, **how), None
+            report = ingest(
+                source,
+                loaded,
+                store,
+                detector=finder,
+                regions=boxes,
+                top_k=top_k,
+                threads=threads,
+                layout=layout,
+                **shared,
+            )
+            left = None
         bar.done()
         front.say(report.line())
-        row = {"collection": collection} | report.row() | {"points": store.count()}
-        if guest:
-            front.say(f"{guest.alone:,} of {guest.points:,} points have no picture in {source}")
-            row["without_picture"] = guest.alone
-        click.echo(json.dumps(row))
-    finally:
-        store.close()
+        if left:
+            front.say(left)
+        click.echo(json.dumps(row | report.row() | {"points": store.count()}))
     if report.seen == 0:
         raise UsageError(source, "no pictures here", "files ending in .jpg, .png, ...")
     raise_rejected(report, source, rejects)
 
 
-def _detector(name: str | None, weights: str | None, options: tuple[str, ...]) -> Any:
-    if not name:
-        if weights:
-            raise UsageError("--weights", "without a detector", "--detector yolo")
+@command(
+    "ingest-on-ray",
+    example=(
+        "dclip-qdrant ingest-on-ray s3://shop/pictures --student s3://shop/student "
+        "--collection pictures --url http://qdrant:6333"
+    ),
+)
+@click.argument("source")
+@student_option
+@store_options
+@detector_options
+@regions_option
+@top_k_option
+@spec_option
+@images_option
+@splits_option
+@captions_option
+@prefix_option
+@replace_option
+@rejects_option
+@click.option(
+    "--actors", type=click.IntRange(1), help="Embedders.  [default: one for every four CPUs, or one a GPU]"
+)
+@submit_option
+def ingest_on_ray_command(
+    source: str,
+    student: str,
+    collection: str,
+    url: str | None,
+    edge: str | None,
+    api_key: str | None,
+    detector: str | None,
+    detector_weights: str | None,
+    detector_weights_too: str | None,
+    detector_settings: tuple[str, ...],
+    regions: str | None,
+    top_k: int,
+    spec: str,
+    images_root: str | None,
+    splits: tuple[str, ...],
+    splits_too: tuple[str, ...],
+    captions: int | None,
+    prefix: str,
+    replace: bool,
+    rejects: str | None,
+    actors: int | None,
+) -> None:
+    """`ingest` for a cluster: a pool of embedders on Ray Data and a Datasink into Qdrant.
+
+    Every worker must be able to read SOURCE and the student. What is there already, unchanged, is not
+    decoded. An embedded collection is written by one task. Exit code 3: some pictures were rejected.
+    """
+    from dclip_qdrant.cli.options import where
+    from dclip_qdrant.jobs.cluster import absolute, absolute_or_none, connect
+    from dclip_qdrant.jobs.ingest import IngestRequest, ingest
+    from dclip_qdrant.serving.collection import CollectionSpec
+
+    place = where(url, edge)
+    store = {
+        "collection": collection,
+        "url": place["url"],
+        "edge": absolute_or_none(place["edge"], "edge"),
+        "api_key": api_key,
+    }
+    request = IngestRequest(
+        source=absolute(source, "source"),
+        student=absolute(student, "student"),
+        store=store,
+        detector=detector_arguments(
+            detector,
+            absolute_or_none(detector_weights or detector_weights_too, "detector_weights"),
+            detector_settings,
+        ),
+        regions=absolute_or_none(regions, "regions"),
+        top_k=top_k,
+        images_root=absolute_or_none(images_root, "images_root"),
+        prefix=prefix,
+        replace=replace,
+        rejects=absolute_or_none(rejects, "rejects"),
+        actors=actors,
+        spec=CollectionSpec.load(spec),
+        splits=(*splits, *splits_too),
+        captions=captions,
+    )
+    connect()
+    report = ingest(request)
+    click.echo(json.dumps({"collection": collection} | report.row()))
+    raise_rejected(report, source, rejects)
+
+
+def _fusion(_: click.Context, __: click.Parameter, value: str | None) -> tuple[float, ...] | None:
+    if value is None:
         return None
-    from dclip_qdrant.detectors import build
-
-    return build(name, key_values(options, "--detector-set") | ({"weights": weights} if weights else {}))
-
-
-def _regions(path: str | None) -> Any:
-    if not path:
-        return None
-    from upath import UPath
-
-    from dclip_qdrant.regions import load_regions
-
-    if not UPath(path).is_dir():
-        raise UsageError("--regions", f"no folder {path}", "a regions folder")
-    return load_regions(UPath(path))
+    try:
+        weights = tuple(float(weight) for weight in value.split(","))
+    except ValueError:
+        weights = ()
+    if len(weights) not in (2, 3):
+        raise click.BadParameter(f"{value!r}: expected two or three numbers, e.g. 1,0.5 or 1,0.5,0.3")
+    return (*weights, 0.0)[:3]
 
 
-@click.command()
+@command(
+    "search",
+    example=(
+        'dclip-qdrant search "a red bicycle" --student /data/run/student --collection '
+        'pictures --mode hybrid --filter "labels=bicycle"'
+    ),
+)
 @click.argument("text", required=False)
-@click.option("--image", "image_path", type=click.Path(), help="Search with a picture.")
-@click.option("--student", required=True, help="A student folder.")
+@click.option("--image", metavar="FILE", help="Search with a picture, a path or a URI.")
+@student_option
 @store_options
 @click.option(
     "--mode",
     type=click.Choice(["dense", "regions", "hybrid"]),
     default="dense",
-    show_default=True,
     help="Whole pictures; their best regions; dense and BM25 over captions.",
 )
 @click.option(
-    "--filter", "filters", multiple=True, metavar="COND", help="labels=dog|cat, labels!=car, caption~red ball, width>=640; all must hold."
+    "--filter",
+    "where",
+    multiple=True,
+    metavar="COND",
+    help="labels=dog|cat, labels!=car, caption~red ball, width>=640; repeatable, all must hold.",
 )
-@click.option("--limit", "-n", default=10, show_default=True)
-@click.option("--candidates", default=100, show_default=True, help="What hybrid and regions choose from.")
+@click.option("--limit", "-n", type=click.IntRange(1), default=10, help="Hits at most.")
 @click.option(
-    "--weights", metavar="D,B[,R]", help="Of dense, BM25 and regions in hybrid.  [default: what `tune` left in the collection, else 1,1,0]"
+    "--candidates", type=click.IntRange(1), default=100, help="What hybrid and regions choose from."
 )
-@click.option("--diversity", default=0.0, show_default=True, help="0 to 1: fewer pictures that look alike (MMR).")
+@click.option(
+    "--weights",
+    callback=_fusion,
+    metavar="D,B[,R]",
+    help="Of dense, BM25 and regions in hybrid.  [default: what `tune` left in the collection, else 1,1,0]",
+)
+@click.option("--diversity", default=0.0, help="0 to 1: fewer pictures that look alike (MMR).")
 @click.option("--explain", is_flag=True, help="Show each hit's rank in each stage.")
-@click.option("--format", "form", type=FORMATS, default="table", show_default=True)
-def search(text, image_path, student, collection, url, edge, api_key, mode, filters, limit, candidates, weights, diversity, explain, form):
+@click.option("--format", "form", type=click.Choice(["table", "json", "jsonl", "paths"]), default="table")
+def search_command(
+    text: str | None,
+    image: str | None,
+    student: str,
+    collection: str,
+    url: str | None,
+    edge: str | None,
+    api_key: str | None,
+    mode: str,
+    where: tuple[str, ...],
+    limit: int,
+    candidates: int,
+    weights: tuple[float, ...] | None,
+    diversity: float,
+    explain: bool,
+    form: str,
+) -> None:
     """Finds pictures by TEXT or --image."""
-    from dclip_qdrant import images
-    from dclip_qdrant.search import Fusion, parse_filter
-    from dclip_qdrant.search import search as find
-    from dclip_qdrant.student import Student
+    from dclip_qdrant.pictures.images import as_rgb
+    from dclip_qdrant.serving.search import Fusion, parse_filter, search
+    from dclip_qdrant.serving.student import Student
 
-    try:
-        fusion = Fusion(*(float(w) for w in weights.split(","))) if weights else None
-    except (ValueError, TypeError):
-        raise UsageError("--weights", repr(weights), "two or three numbers, e.g. 1,0.5 or 1,0.5,0.3") from None
-    where = tuple(parse_filter(f) for f in filters)
-    picture = images.open_rgb(images.read(image_path), image_path) if image_path else None
+    conditions = [parse_filter(condition) for condition in where]
+    picture = as_rgb(image) if image else None
     loaded = Student.load(student)
-    store = open_store(collection, url, edge, api_key)
-    try:
-        hits = find(store, loaded, text=text, image=picture, mode=mode, where=where, limit=limit, candidates=candidates, fusion=fusion, diversity=diversity,
-                    explain=explain)  # fmt: skip
-    finally:
-        store.close()
-    if form == "json":
-        click.echo(json.dumps([h.row() for h in hits], indent=1))
-    elif form == "jsonl":
-        for h in hits:
-            click.echo(json.dumps(h.row()))
-    elif form == "paths":
-        for h in hits:
-            click.echo(h.payload.get("uri") or h.payload.get("key") or h.id)
-    else:
-        for rank, h in enumerate(hits, 1):
-            region = f"  [{h.label} at {', '.join(f'{v:.0f}' for v in h.box)}]" if h.region is not None else ""
-            stages = "  (" + ", ".join(f"{k} {v or '-'}" for k, v in h.ranks.items()) + ")" if h.ranks is not None else ""
-            caption = (h.payload.get("caption") or "").split("\n")[0]
-            click.echo(f"{rank:>3}  {h.score:.4f}  {h.payload.get('key')}  {caption[:70]}{region}{stages}")
+    with opened_store(collection, url, edge, api_key) as store:
+        hits = search(
+            store,
+            loaded,
+            text=text,
+            image=picture,
+            mode=mode,
+            where=conditions,
+            limit=limit,
+            candidates=candidates,
+            fusion=Fusion(dense=weights[0], bm25=weights[1], regions=weights[2]) if weights else None,
+            diversity=diversity,
+            explain=explain,
+        )
+    PRINTERS[form](hits)
     if not hits:
-        front.say("nothing found" + (" with these filters" if filters else ""))
+        front.say("nothing found" + (" with these filters" if where else ""))
 
 
-@click.command()
-@click.argument("what")
-@click.option("--url", envvar="QDRANT_URL", help="WHAT is a collection on this server.")
-@click.option("--edge", help="WHAT is an embedded collection in this folder.")
-@click.option("--api-key", envvar="QDRANT_API_KEY")
-@click.option("--format", "form", type=click.Choice(["table", "json"]), default="table", show_default=True)
-def inspect(what, url, edge, api_key, form):
+def _print_table(hits: "list[Hit]") -> None:
+    for rank, hit in enumerate(hits, 1):
+        caption = (hit.payload.get("caption") or "").split("\n")[0]
+        line = f"{rank:>3}  {hit.score:.4f}  {hit.payload.get('key')}  {caption[:70]}"
+        if hit.box is not None:
+            line += f"  [{hit.label} at {', '.join(f'{v:.0f}' for v in hit.box)}]"
+        if hit.ranks is not None:
+            line += "  (" + ", ".join(f"{stage} {place or '-'}" for stage, place in hit.ranks.items()) + ")"
+        click.echo(line)
+
+
+def _print_json(hits: "list[Hit]") -> None:
+    click.echo(json.dumps([hit.row() for hit in hits], indent=1))
+
+
+def _print_lines(hits: "list[Hit]") -> None:
+    for hit in hits:
+        click.echo(json.dumps(hit.row()))
+
+
+def _print_paths(hits: "list[Hit]") -> None:
+    for hit in hits:
+        click.echo(hit.payload.get("uri") or hit.payload.get("key") or hit.id)
+
+
+PRINTERS: "dict[str, Callable[[list[Hit]], None]]" = {
+    "table": _print_table,
+    "json": _print_json,
+    "jsonl": _print_lines,
+    "paths": _print_paths,
+}
+
+
+@command("inspect", example="dclip-qdrant inspect /data/run/student --format json")
+@click.argument("target", metavar="DIR|COLLECTION")
+@click.option(
+    "--url", envvar="QDRANT_URL", show_envvar=True, metavar="URL", help="A collection on this server."
+)
+@click.option("--edge", metavar="DIR", help="An embedded collection in this folder.")
+@click.option("--api-key", envvar="QDRANT_API_KEY", show_envvar=True, metavar="KEY", help="The server's key.")
+@table_or_json
+def inspect_command(target: str, url: str | None, edge: str | None, api_key: str | None, form: str) -> None:
     """Says what a student folder or a collection is."""
-    from dclip_qdrant.collection import META
+    from dclip_qdrant.serving.collection import META
+    from dclip_qdrant.serving.student import Student
+    from dclip_qdrant.tables.storage import as_path
 
-    if Path(what).is_dir() and not edge:
-        from dclip_qdrant.student import Student
-
-        s = Student.load(what)
-        facts = {"student": s.model_name, "folder": str(s.folder), "fingerprint": s.fingerprint, "base": s.manifest["base"], "dim": s.dim, "image_size": s.manifest["image_size"],
-                 "context_length": s.manifest["context_length"], "parameters": s.manifest["parameters"],
-                 "megabytes": {f.name: round(f.stat().st_size / 1e6, 1) for f in sorted(s.folder.glob("*.onnx"))}}  # fmt: skip
-        figures = json.loads((s.folder / "metrics.json").read_text())
-        if "test" in figures:
-            facts |= {
-                "mean_r@1": round(figures["test"]["mean_r@1"], 4),
-                "retention": figures.get("retention"),
-                "alpha": figures.get("alpha"),
-            }
+    if as_path(target).is_dir() and not edge:
+        facts = Student.load(target).facts()
     else:
-        store = open_store(what, url, edge, api_key)
-        try:
-            facts = {
-                "collection": what,
-                **store.describe(),
-                "filled_by": store.metadata().get(META, {}).get("student", "something else than dclip-qdrant"),
-            }
-        finally:
-            store.close()
+        with opened_store(target, url, edge, api_key) as store:
+            filler = store.metadata().get(META, {}).get("student", "something else than dclip-qdrant")
+            facts = {"collection": target, **store.describe(), "filled_by": filler}
     if form == "json":
         click.echo(json.dumps(facts, indent=1))
-    else:
-        for k, v in facts.items():
-            click.echo(f"{k:<16} {', '.join(f'{a} {b}' for a, b in v.items()) if isinstance(v, dict) else v}")
+        return
+    for name, value in facts.items():
+        shown = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else value
+        click.echo(f"{name:<16} {shown}")
 
 
-COMMANDS = (ingest, search, inspect)
+COMMANDS = (ingest_command, ingest_on_ray_command, search_command, inspect_command)

@@ -1,72 +1,181 @@
-"""Options that several commands share, and what they become."""
+"""Options that several commands share: one name, one meaning, wherever they stand."""
 
-import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from dclip_qdrant import front
+from dclip_qdrant.cli import front
 from dclip_qdrant.errors import PartialError, UsageError
 
-FORMATS = click.Choice(["table", "json", "jsonl", "paths"])
+if TYPE_CHECKING:
+    from dclip_qdrant.detectors import Detector
+    from dclip_qdrant.serving.items import Report
+    from dclip_qdrant.serving.stores import Place, Store
+
+Decorator = Callable[[Any], Any]
 
 
-def place_options(command: Any) -> Any:
-    for option in reversed((
-        click.option("--url", envvar="QDRANT_URL", help="A Qdrant server. Default: embedded collections (see --edge)."),
-        click.option("--edge", help="Folder of embedded collections (qdrant-edge).  [default: ./dclip-edge]"),
-        click.option("--api-key", envvar="QDRANT_API_KEY", help="The server's key; better in QDRANT_API_KEY than on the command line."),
-    )):  # fmt: skip
-        command = option(command)
-    return command
+def together(*decorators: Decorator) -> Decorator:
+    """Several options as one decorator, shown in this order."""
+
+    def apply(function: Any) -> Any:
+        for decorator in reversed(decorators):
+            function = decorator(function)
+        return function
+
+    return apply
 
 
-def store_options(command: Any) -> Any:
-    return click.option("--collection", required=True, envvar="COLLECTION_NAME", help="The collection's name, or an alias.")(
-        place_options(command)
-    )
+quiet_option = click.option("--quiet", is_flag=True, help="No progress on stderr.")
+threads_option = click.option(
+    "--threads", type=click.IntRange(1), help="Threads for decoding.  [default: all]"
+)
+table_or_json = click.option("--format", "form", type=click.Choice(["table", "json"]), default="table")
+student_option = click.option("--student", required=True, metavar="DIR", help="A student folder, or its URI.")
+prefix_option = click.option(
+    "--prefix", default="", metavar="TEXT", help="Stands before every key, to keep sources apart."
+)
+images_option = click.option(
+    "--images",
+    "images_root",
+    metavar="DIR",
+    help="Where the pictures are, when not beside the file that names them.",
+)
+spec_option = click.option(
+    "--spec",
+    default="default",
+    metavar="NAME|FILE",
+    help="What a new collection is: a name in schemas/collections, or a .toml file.",
+)
+rejects_option = click.option(
+    "--rejects",
+    metavar="FILE",
+    help="Where rejected pictures are listed.  [default: COLLECTION-rejects.jsonl]",
+)
+
+place_options = together(
+    click.option(
+        "--url",
+        envvar="QDRANT_URL",
+        show_envvar=True,
+        metavar="URL",
+        help="A Qdrant server, http://… or grpc://…; else embedded collections.",
+    ),
+    click.option(
+        "--edge", metavar="DIR", help="Folder of embedded collections (qdrant-edge).  [default: ./dclip-edge]"
+    ),
+    click.option(
+        "--api-key",
+        envvar="QDRANT_API_KEY",
+        show_envvar=True,
+        metavar="KEY",
+        help="The server's key; better in the environment than on the command line.",
+    ),
+)
+store_options = together(
+    click.option(
+        "--collection",
+        required=True,
+        envvar="COLLECTION_NAME",
+        show_envvar=True,
+        metavar="NAME",
+        help="The collection's name, or an alias.",
+    ),
+    place_options,
+)
+detector_options = together(
+    click.option("--detector", metavar="NAME", help="Finds regions: yolo, grid, or package.module:Class."),
+    click.option(
+        "--detector-weights",
+        metavar="FILE",
+        help="The detector's weights: a file, or a name that it fetches.",
+    ),
+    click.option("--weights", "detector_weights_too", hidden=True),
+    click.option(
+        "--detector-set",
+        "detector_settings",
+        multiple=True,
+        metavar="KEY=VALUE",
+        help="An option of the detector, e.g. min_score=0.4; repeatable.",
+    ),
+)
 
 
-def _where(url: str | None, edge: str | None) -> dict[str, str | None]:
+def number_list(_: click.Context, parameter: click.Parameter, value: str | None) -> tuple[int, ...] | None:
+    """`0,1,2` -> (0, 1, 2)."""
+    if value is None:
+        return None
+    try:
+        return tuple(int(number) for number in value.split(","))
+    except ValueError:
+        raise click.BadParameter(f"{value!r}: expected numbers with commas, e.g. 0,1,2") from None
+
+
+def name_list(_: click.Context, parameter: click.Parameter, value: str | None) -> tuple[str, ...]:
+    """`train,val` -> ("train", "val")."""
+    return tuple(name.strip() for name in value.split(",") if name.strip()) if value else ()
+
+
+def detector_arguments(
+    name: str | None, weights: str | None, settings: tuple[str, ...]
+) -> tuple[str, dict[str, Any]] | None:
+    """A detector's name and options; None where none is wanted.
+
+    Raises:
+        UsageError: weights or options without a detector.
+    """
+    from dclip_qdrant.settings import options
+
+    if not name:
+        if weights or settings:
+            given = "`detector_weights`" if weights else "`detector_settings`"
+            raise UsageError(given, "without a detector", "`detector` yolo")
+        return None
+    return name, options(settings, "`detector_settings`") | ({"weights": weights} if weights else {})
+
+
+def make_detector(arguments: tuple[str, dict[str, Any]] | None) -> "Detector | None":
+    from dclip_qdrant.detectors import build
+
+    return build(*arguments) if arguments else None
+
+
+def where(url: str | None, edge: str | None) -> dict[str, str | None]:
     """A flag on the command line beats QDRANT_URL of the environment; without either, a folder here."""
     return {"url": None if edge else url, "edge": edge or (None if url else "dclip-edge")}
 
 
 @contextmanager
-def the_place(url: str | None, edge: str | None, api_key: str | None) -> Iterator[Any]:
-    from dclip_qdrant import stores
+def opened_place(url: str | None, edge: str | None, api_key: str | None) -> "Iterator[Place]":
+    from dclip_qdrant.serving import stores
 
-    where = stores.place(**_where(url, edge), api_key=api_key)
+    place = stores.place(**where(url, edge), api_key=api_key)
     try:
-        yield where
+        yield place
     finally:
-        where.close()
+        place.close()
 
 
-def open_store(collection: str, url: str | None, edge: str | None, api_key: str | None) -> Any:
-    from dclip_qdrant import stores
+@contextmanager
+def opened_store(
+    collection: str, url: str | None, edge: str | None, api_key: str | None
+) -> "Iterator[Store]":
+    from dclip_qdrant.serving import stores
 
-    return stores.open_store(collection, **_where(url, edge), api_key=api_key)
+    store = stores.open_store(collection, **where(url, edge), api_key=api_key)
+    try:
+        yield store
+    finally:
+        store.close()
 
 
-def raise_rejected(report: Any, source: str, rejects: str | None) -> None:
+def raise_rejected(report: "Report", source: str, rejects: str | None) -> None:
     """Says the first reasons and ends with exit code 3, if pictures were rejected."""
-    if report.rejected:
-        for reason in report.reasons:
-            front.say(f"  rejected: {reason}")
-        raise PartialError(source, f"{report.rejected:,} pictures rejected", do=f"reasons are in {rejects}")
-
-
-def key_values(values: tuple[str, ...], flag: str) -> dict[str, Any]:
-    out = {}
-    for v in values:
-        key, eq, value = v.partition("=")
-        if not eq:
-            raise UsageError(flag, repr(v), "key=value")
-        try:
-            out[key] = json.loads(value)
-        except json.JSONDecodeError:
-            out[key] = value
-    return out
+    if not report.rejected:
+        return
+    for reason in report.reasons:
+        front.say(f"  rejected: {reason}")
+    do = f"reasons are in {rejects}" if rejects else f"the first: {report.reasons[0]}"
+    raise PartialError(source, f"{report.rejected:,} pictures rejected", do=do)

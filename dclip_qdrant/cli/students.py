@@ -2,112 +2,191 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from dclip_qdrant import front
+from dclip_qdrant.cli import front
+from dclip_qdrant.cli.commands import Group, command
+from dclip_qdrant.cli.options import student_option, table_or_json
 from dclip_qdrant.errors import UsageError
 
-
-@click.command()
-@click.option("--student", required=True, help="A student folder.")
-@click.option("--pairs", "pairs_path", required=True, help="Pairs to measure retrieval on.")
-@click.option("--split", help="Default: test, else val.")
-@click.option("--labelled", help="Labelled pictures for zero-shot accuracy (folder per class, or Parquet).")
-@click.option("--base", help="The base as a student folder, for retention. Default: the one that distill left beside the student.")
-@click.option("--bootstrap", default=1000, show_default=True, help="Resamples for the intervals; 0 leaves them out.")
-@click.option(
-    "--through", metavar="edge|URL", help="Also measure what an index leaves of it: qdrant-edge in a temporary folder, or a server."
-)
-@click.option("--index", "settings", help="Index settings, KIND[@DIM][+rescore[N]]: float32, float16, int8, turbo4, turbo2, binary.")
-@click.option("--beside", metavar="DIR", help="Another student for the index table and the plot, e.g. one trained without [index].")
-@click.option("--queries", default=1000, show_default=True, help="Captions to query the index with.")
-@click.option("--plot", "plot_file", metavar="FILE", help="Recall over bytes a vector, as .svg or .png.")
-@click.option("--api-key", envvar="QDRANT_API_KEY", help="The server's key; better in QDRANT_API_KEY.")
-@click.option("--format", "form", type=click.Choice(["table", "json"]), default="table", show_default=True)
-def evaluate(student, pairs_path, split, labelled, base, bootstrap, through, settings, beside, queries, plot_file, api_key, form):
-    """Measures a student: recall both ways, MRR, mAP, zero-shot accuracy, retention, size, speed; with --through, recall over bytes in an index."""
-    from dclip_qdrant import evaluation
+if TYPE_CHECKING:
     from dclip_qdrant.pairs import Pairs
-    from dclip_qdrant.student import Student
+    from dclip_qdrant.serving.index_recall import Setting
+    from dclip_qdrant.serving.student import Student
 
-    for flag, given in (("--index", settings), ("--beside", beside), ("--plot", plot_file)):
+
+@command(
+    "evaluate",
+    example=(
+        "dclip-qdrant evaluate --student /data/run/student --pairs /data/pairs --labelled "
+        "/data/labelled --through edge"
+    ),
+)
+@student_option
+@click.option("--pairs", required=True, metavar="DIR", help="Pairs to measure retrieval on.")
+@click.option("--split", metavar="NAME", help="Of the pairs.  [default: test, else val]")
+@click.option(
+    "--labelled",
+    metavar="DIR|FILE",
+    help="Labelled pictures for zero-shot accuracy (a folder per class, or Parquet).",
+)
+@click.option(
+    "--base-student",
+    metavar="DIR",
+    help=(
+        "The base as a student folder, for retention.  [default: the one that distill left "
+        "beside the student]"
+    ),
+)
+@click.option("--base", "base_too", hidden=True)
+@click.option(
+    "--bootstrap",
+    type=click.IntRange(0),
+    default=1000,
+    help="Resamples for the intervals; 0 leaves them out.",
+)
+@click.option(
+    "--through",
+    metavar="edge|URL",
+    help="Also measure what an index leaves of it: qdrant-edge in a temporary folder, or a server.",
+)
+@click.option(
+    "--index",
+    "settings",
+    metavar="SETTING,SETTING",
+    help="Of --through: KIND[@DIM][+rescore[N]], KIND float32, float16, int8, turbo4, turbo2 or binary.",
+)
+@click.option(
+    "--beside",
+    metavar="DIR",
+    help="Another student for the index table and the plot, e.g. one trained without [index].",
+)
+@click.option("--queries", type=click.IntRange(1), default=1000, help="Captions to query the index with.")
+@click.option("--plot", "plot_file", metavar="FILE", help="Recall over bytes a vector, as .svg or .png.")
+@click.option("--api-key", envvar="QDRANT_API_KEY", show_envvar=True, metavar="KEY", help="The server's key.")
+@table_or_json
+def evaluate_command(
+    student: str,
+    pairs: str,
+    split: str | None,
+    labelled: str | None,
+    base_student: str | None,
+    base_too: str | None,
+    bootstrap: int,
+    through: str | None,
+    settings: str | None,
+    beside: str | None,
+    queries: int,
+    plot_file: str | None,
+    api_key: str | None,
+    form: str,
+) -> None:
+    """Measures a student: recall both ways, MRR, mAP, zero-shot accuracy, retention, size, speed; with
+    --through, recall over bytes in an index."""
+    from dclip_qdrant.pairs import Pairs
+    from dclip_qdrant.serving import index_recall
+    from dclip_qdrant.serving.evaluation import describe, evaluate, find_base
+    from dclip_qdrant.serving.student import Student
+
+    for parameter, given in (("settings", settings), ("beside", beside), ("plot_file", plot_file)):
         if given and not through:
-            raise UsageError(flag, "without --through", "--through edge, or --through http://HOST:6333")
-    loaded, pairs = Student.load(student), Pairs.open(pairs_path)
+            expected = "`through` edge, or `through` http://HOST:6333"
+            raise UsageError(f"`{parameter}`", "without `through`", expected)
+    loaded, opened = Student.load(student), Pairs.open(pairs)
+    wanted = index_recall.parse(settings or index_recall.DEFAULT, loaded.dim) if through else []
+    base = base_student or base_too
+    reference = Student.load(base) if base else find_base(loaded) if labelled else None
+    result = evaluate(loaded, opened, split=split, labelled=labelled, base=reference, bootstrap=bootstrap)
+    series: dict[str, list[dict[str, Any]]] = {}
     if through:
-        from dclip_qdrant import index_recall
-
-        wanted = index_recall.parse(settings or index_recall.DEFAULT, loaded.dim)
-    reference = Student.load(base) if base else evaluation.find_base(loaded) if labelled else None
-    result = evaluation.evaluate(loaded, pairs, split=split, labelled=labelled, base=reference, bootstrap=bootstrap)
-    if through:
-        students = {loaded.model_name: loaded} | ({(b := Student.load(beside)).model_name: b} if beside else {})
-        series = {name: _through_index(s, pairs, result["split"], wanted, through, api_key, queries) for name, s in students.items()}
+        students = [loaded, Student.load(beside)] if beside else [loaded]
+        for each in students:
+            series[each.model_name] = _through_index(
+                each, opened, result["split"], wanted, through, api_key, queries
+            )
         result["index"] = series[loaded.model_name]
         if beside:
-            result["index_beside"] = {"student": list(series)[-1], "rows": list(series.values())[-1]}
-    click.echo(json.dumps(result, indent=1) if form == "json" else evaluation.describe(result))
+            other = students[-1].model_name
+            result["index_beside"] = {"student": other, "rows": series[other]}
+    click.echo(json.dumps(result, indent=1) if form == "json" else describe(result))
     if through and form == "table":
-        click.echo("\n" + index_recall.table({name.removeprefix("dclip/"): rows for name, rows in series.items()}))
+        shown = {name.removeprefix("dclip/"): rows for name, rows in series.items()}
+        click.echo("\n" + index_recall.table(shown))
     if plot_file:
         index_recall.plot(series, plot_file)
         front.say(f"plot: {plot_file}")
 
 
-def _through_index(student, pairs, split, settings, through, api_key, queries):
+def _through_index(
+    student: "Student",
+    pairs: "Pairs",
+    split: str,
+    settings: "list[Setting]",
+    through: str,
+    api_key: str | None,
+    queries: int,
+) -> list[dict[str, Any]]:
     """Rows of `index_recall.measure` for one student."""
     import tempfile
 
-    from dclip_qdrant import evaluation, index_recall
-    from dclip_qdrant.stores import place
+    from dclip_qdrant.cli.options import opened_place
+    from dclip_qdrant.serving import evaluation, index_recall
 
     image, text, owner, _ = evaluation.embed(student, pairs, split)
     with tempfile.TemporaryDirectory(prefix="dclip-index-") as folder:
-        where = place(edge=folder) if through == "edge" else place(url=through, api_key=api_key)
-        try:
-            return index_recall.measure(image, text, owner, settings, where, queries=queries, say=front.say)
-        finally:
-            where.close()
+        url, edge = (None, folder) if through == "edge" else (through, None)
+        with opened_place(url, edge, api_key) as place:
+            return index_recall.measure(image, text, owner, settings, place, queries=queries)
 
 
-class _Recipes(click.Group):
+class _Recipes(Group):
     """`recipes NAME` is `recipes show NAME`."""
 
-    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
         return super().resolve_command(ctx, args if args[0] in self.commands else ["show", *args])
 
 
-@click.group(cls=_Recipes, invoke_without_command=True)
+@click.group("recipes", cls=_Recipes, invoke_without_command=True)
 @click.pass_context
-def recipes(ctx):
+def recipes_group(ctx: click.Context) -> None:
     """What can be trained: `recipes list`, `recipes show NAME`."""
     if ctx.invoked_subcommand is None:
-        ctx.invoke(list_recipes)
+        ctx.invoke(list_recipes_command, form="table")
 
 
-@recipes.command("list")
-def list_recipes():
+@command("list", example="dclip-qdrant recipes list")
+@table_or_json
+def list_recipes_command(form: str) -> None:
     """Every recipe, with what it is for."""
     from dclip_qdrant.recipe import Recipe, recipe_names
 
-    for n in recipe_names():
-        click.echo(f"{n:<18} {Recipe.load(n).about}")
+    rows = [{"name": name, "about": Recipe.load(name).about} for name in recipe_names()]
+    if form == "json":
+        click.echo(json.dumps(rows, indent=1))
+        return
+    for row in rows:
+        click.echo(f"{row['name']:<18} {row['about']}")
 
 
-@recipes.command("show")
-@click.argument("name")
+@command("show", example="dclip-qdrant recipes show best --toml > mine.toml")
+@click.argument("recipe", metavar="NAME|FILE")
 @click.option("--toml", is_flag=True, help="The file alone, to copy from.")
-def show_recipe(name, toml):
+def show_recipe_command(recipe: str, toml: bool) -> None:
     """What a recipe is for, when to pick it, what it cost and gained in our tables, and its file."""
-    from dclip_qdrant import recipe
+    from dclip_qdrant.recipe import HERE, Recipe, describe
 
-    found = recipe.Recipe.load(name)
-    file = (Path(name) if name.endswith(".toml") else recipe.HERE / f"{name}.toml").read_text()
+    loaded = Recipe.load(recipe)
+    file = Path(recipe) if recipe.endswith(".toml") else HERE / f"{recipe}.toml"
     if not toml:
-        click.echo(recipe.describe(found, name) + "\n")
-    click.echo(file, nl=False)
+        click.echo(describe(loaded, recipe) + "\n")
+    click.echo(file.read_text(), nl=False)
 
 
-COMMANDS = (evaluate, recipes)
+recipes_group.add_command(list_recipes_command)
+recipes_group.add_command(show_recipe_command)
+
+COMMANDS = (evaluate_command,)

@@ -4,7 +4,7 @@ import numpy as np
 from PIL import Image
 
 from dclip_qdrant.errors import RecipeError
-from dclip_qdrant.regions import Regions
+from dclip_qdrant.pictures.regions import Regions
 
 
 class Grid:
@@ -13,7 +13,9 @@ class Grid:
     def __init__(self, rows: int = 2, columns: int = 2, overlap: float = 0.1) -> None:
         if rows < 1 or columns < 1 or not 0 <= overlap < 1:
             raise RecipeError(
-                "detector 'grid'", f"rows {rows}, columns {columns}, overlap {overlap}", "rows and columns >= 1, overlap in 0..1"
+                "detector 'grid'",
+                f"rows {rows}, columns {columns}, overlap {overlap}",
+                "rows and columns >= 1, overlap in 0..1",
             )
         self.rows, self.columns, self.overlap = rows, columns, overlap
         self.fingerprint = f"grid-{rows}x{columns}-{overlap}"

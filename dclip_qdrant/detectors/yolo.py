@@ -1,24 +1,38 @@
-"""Ultralytics YOLO (8, 11, 26, ...). The only file that touches ultralytics, which is AGPL-3.0: without it, use `grid` or your own boxes."""
+"""Ultralytics YOLO (8, 11, 26, ...). The only file that touches ultralytics, which is AGPL-3.0: without it,
+use `grid` or your own boxes."""
 
 import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from dclip_qdrant.errors import InputError, UsageError
 from dclip_qdrant.lookup import missing
-from dclip_qdrant.regions import Regions
+from dclip_qdrant.pictures.regions import Regions
 
 # Checkpoints are pickles: these are the packages whose names an honest YOLO checkpoint uses.
 _TRUSTED = ("ultralytics.", "torch.", "numpy.", "collections.", "pathlib.", "argparse.")
 _TRUSTED_BUILTINS = {
     f"{m}.{n}"
     for m in ("builtins", "__builtin__")
-    for n in ("set", "slice", "dict", "list", "tuple", "object", "getattr", "bytearray", "complex", "range", "frozenset")
+    for n in (
+        "set",
+        "slice",
+        "dict",
+        "list",
+        "tuple",
+        "object",
+        "getattr",
+        "bytearray",
+        "complex",
+        "range",
+        "frozenset",
+    )
 }
 
 
@@ -26,8 +40,9 @@ _TRUSTED_BUILTINS = {
 def _process_kept() -> Iterator[None]:
     """Undoes what ultralytics (8.4) does to its whole process.
 
-    Importing it swaps Image.open for one that answers a broken picture by looking for pi-heif (the door of `images` would then give other reasons in a process
-    that has a detector) and sets OMP_NUM_THREADS to 1; its first prediction on a CPU leaves torch all cores but one: one of two.
+    Importing it swaps Image.open for one that answers a broken picture by looking for pi-heif (the door of
+    `images` would then give other reasons in a process that has a detector) and sets OMP_NUM_THREADS to 1;
+    its first prediction on a CPU leaves torch all cores but one: one of two.
     """
     import torch
 
@@ -43,13 +58,21 @@ def _process_kept() -> Iterator[None]:
 
 
 class Yolo:
-    """`weights`: a .pt file, or a name that ultralytics downloads (yolo11n.pt). Boxes come back in pixels of the given images."""
+    """`weights`: a .pt file, or a name that ultralytics downloads (yolo11n.pt). Boxes come back in pixels of
+    the given images."""
 
     def __init__(
-        self, weights: str = "yolo11n.pt", image_size: int = 640, min_score: float = 0.25, max_boxes: int = 100, device: str | None = None
+        self,
+        weights: str = "yolo11n.pt",
+        image_size: int = 640,
+        min_score: float = 0.25,
+        max_boxes: int = 100,
+        device: str | None = None,
     ) -> None:
         if os.sep in weights and not Path(weights).is_file():
-            raise UsageError("detector weights", f"no file {weights}", "a YOLO .pt file, or a name like yolo11n.pt")
+            raise UsageError(
+                "detector weights", f"no file {weights}", "a YOLO .pt file, or a name like yolo11n.pt"
+            )
         os.environ.setdefault("YOLO_VERBOSE", "false")
         os.environ.setdefault("YOLO_AUTOINSTALL", "false")  # it would run pip in the user's environment
         try:
@@ -70,31 +93,49 @@ class Yolo:
             self._model = YOLO(weights)
         except Exception as e:  # a missing download, a broken file: ultralytics raises many kinds
             raise UsageError(
-                "detector weights", f"{weights}: {str(e).splitlines()[0][:200]}", "a YOLO .pt file, or a name like yolo11n.pt"
+                "detector weights",
+                f"{weights}: {str(e).splitlines()[0][:200]}",
+                "a YOLO .pt file, or a name like yolo11n.pt",
             ) from e
-        self._how = {"imgsz": image_size, "conf": min_score, "max_det": max_boxes, "verbose": False, "device": device}
+        self._options = {
+            "imgsz": image_size,
+            "conf": min_score,
+            "max_det": max_boxes,
+            "verbose": False,
+            "device": device,
+        }
 
     def __call__(self, images: list[Image.Image]) -> list[Regions]:
         with _process_kept():
-            found = self._model.predict(images, **self._how) if images else []
-        return [self._regions(r) for r in found]
+            results = self._model.predict(images, **self._options) if images else []
+        return [self._regions(r) for r in results]
 
-    def _regions(self, result) -> Regions:  # ultralytics.engine.results.Results
+    def _regions(self, result: Any) -> Regions:  # ultralytics.engine.results.Results
         boxes = result.boxes
         labels = tuple(str(result.names[int(c)]) for c in boxes.cls.tolist())
-        return Regions(boxes.xyxy.cpu().numpy().astype(np.float32).reshape(-1, 4), boxes.conf.cpu().numpy().astype(np.float32), labels)
+        return Regions(
+            boxes.xyxy.cpu().numpy().astype(np.float32).reshape(-1, 4),
+            boxes.conf.cpu().numpy().astype(np.float32),
+            labels,
+        )
 
 
 def _check_pickle(path: Path) -> None:
-    """Refuses a checkpoint that names functions no YOLO needs (os.system and friends); it is read without running anything."""
+    """Refuses a checkpoint that names functions no YOLO needs (os.system and friends); it is read without
+    running anything."""
     import torch
 
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     except Exception as e:
-        raise InputError(path, f"not a torch checkpoint ({str(e).splitlines()[0][:120]})", "a YOLO .pt file") from e
+        raise InputError(
+            path, f"not a torch checkpoint ({str(e).splitlines()[0][:120]})", "a YOLO .pt file"
+        ) from e
     strange = [n for n in names if not n.startswith(_TRUSTED) and n not in _TRUSTED_BUILTINS]
     if strange:
         raise InputError(
-            path, f"a checkpoint that would run {', '.join(strange[:3])}", "only torch, numpy and ultralytics inside", "don't load it"
+            path,
+            f"a checkpoint that would run {', '.join(strange[:3])}",
+            "only torch, numpy and ultralytics inside",
+            "don't load it",
         )

@@ -1,11 +1,9 @@
 """From what people have to the pairs contract: read, judge, split, refuse leaks, write."""
 
-import hashlib
-import json
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
@@ -13,15 +11,47 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from upath import UPath
 
-from dclip_qdrant import images
-from dclip_qdrant.arrow_file import opened
-from dclip_qdrant.contracts import PAIRS
 from dclip_qdrant.errors import DclipError, ImageError, InputError, LeakError, UsageError
-from dclip_qdrant.pairs.readers import Found, read_any
+from dclip_qdrant.pairs.readers import SourcePicture, read_any
+from dclip_qdrant.pairs.splits import SPLITS, unit_hash
+from dclip_qdrant.pairs.writer import PairsWriter, fingerprint_of
+from dclip_qdrant.pictures import images
+from dclip_qdrant.tables import storage
+from dclip_qdrant.tables.contracts import PAIRS
+from dclip_qdrant.tables.storage import open_for_arrow
 
-SPLITS = ("train", "val", "test")
-ROWS_A_FILE = 2000
-BYTES_A_FILE = 256 << 20
+SPLIT_NAMES = {"validation": "val", "valid": "val", "dev": "val", "training": "train"}
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """How pairs are made.
+
+    `embed`: pictures inside the Parquet files; None: only where the source has no file for each (tar,
+    Parquet). `on_leak`: `refuse`, or `drop-train` to reject the train copies of test and val pictures.
+    """
+
+    images_root: str | None = None
+    fractions: tuple[float, float, float] = (0.8, 0.1, 0.1)
+    split_map: dict[str, str] = field(default_factory=dict)
+    seed: int = 0
+    embed: bool | None = None
+    on_leak: str = "refuse"
+    threads: int = 4
+
+
+@dataclass
+class Ledger:
+    """What became of every row of the source."""
+
+    total: int = 0
+    captions: int = 0
+    copies: int = 0
+    splits: Counter[str] = field(default_factory=Counter)
+    rejects: list[dict[str, str]] = field(default_factory=list)
+    first_uri: dict[str, str] = field(default_factory=dict)  # by key
+    # pixel hash -> split -> first key
+    keys_by_pixels: dict[str, dict[str, str]] = field(default_factory=dict)
 
 
 def build(
@@ -36,148 +66,134 @@ def build(
     on_leak: str = "refuse",
     overwrite: bool = False,
     threads: int = 4,
-    progress: Callable[[int], None] = lambda n: None,
+    progress: Callable[[int], None] = lambda count: None,
 ) -> dict[str, Any]:
     """Writes `out/pairs-*.parquet`, `out/rejects.jsonl` and, last, `out/manifest.json`, which it returns.
 
-    A picture's split is the source's own where it has one; otherwise it follows from (seed, decoded pixels), so that copies of a
-    picture always stand on one side and adding pictures moves none. A source with `train` but without `val` gives part of train to val.
-
-    Args:
-        embed: pictures inside the Parquet files. None: only where the source has no file for each (tar, Parquet).
-        on_leak: `refuse`, or `drop-train` to reject the train copies of test and val pictures.
+    A picture's split is the source's own where it has one; otherwise it follows from (seed, decoded pixels),
+    so that copies of a picture always stand on one side and adding pictures moves none. A source with `train`
+    but without `val` gives part of train to val. Options: see `BuildOptions`; `out` may be a URI.
 
     Raises:
         LeakError: the same decoded picture in train and in val or test.
         InputError: nothing usable in the source.
+        UsageError: `out` holds something else, or pairs without `overwrite`.
     """
-    target = UPath(out)
-    if (target / "manifest.json").exists() and not overwrite:
-        raise UsageError(out, "there are pairs here already", do="--overwrite, or another folder")
+    options = BuildOptions(images_root, fractions, split_map or {}, seed, embed, on_leak, threads)
     if abs(sum(fractions) - 1) > 1e-6 or min(fractions) < 0:
-        raise UsageError("--fractions", ",".join(map(str, fractions)), "three numbers >= 0 that sum to 1")
-    kind, found = read_any(source, images=images_root)
-    part = UPath(str(target) + ".partial")
-    if part.exists():
-        shutil.rmtree(part) if "://" not in str(part) else part.rmdir()
-    part.mkdir(parents=True)
-    rejects: list[dict[str, str]] = []
-    where: dict[str, dict[str, str]] = {}  # pixel hash -> split -> first key
-    seen: dict[str, str] = {}
-    counts: Counter[str] = Counter()
-    captions = copies = total = 0
-    fingerprint = hashlib.sha256()
-
-    def judged() -> Iterator[dict[str, Any]]:
-        nonlocal captions, copies, total
-        for raw, verdict in _judge_all(found, embed, split_map or {}, threads):
-            total += 1
-            progress(total)
-            if isinstance(verdict, dict) and verdict["key"] in seen:
-                verdict = InputError(raw.uri, f"a second picture named {raw.key!r} (first: {seen[raw.key]})", "unique names")
-            if isinstance(verdict, DclipError):
-                rejects.append({"key": raw.key, "path": raw.uri, "reason": str(verdict)})
-                continue
-            seen[verdict["key"]] = raw.uri
-            verdict["split"] = verdict["split"] or _draw_split(verdict["pixel_hash"], seed, fractions)
-            at = where.setdefault(verdict["pixel_hash"], {})
-            copies += bool(at)
-            at.setdefault(verdict["split"], verdict["key"])
-            counts[verdict["split"]] += 1
-            captions += len(verdict["captions"])
-            yield verdict
-
-    files = _write(judged(), part)
-    if not counts:
-        first = f", the first: {rejects[0]['reason']}" if rejects else ""
-        shutil.rmtree(part)
-        raise InputError(source, f"{total} rows, none of them usable{first}", "pictures with captions")
-    if counts["train"] and not counts["val"]:
-        counts = _carve_val(files, seed, max(fractions[1], 0.1), where)
-    leaks = [(h, at) for h, at in where.items() if "train" in at and len(at) > 1]
-    if leaks and on_leak == "refuse":
-        _h, at = leaks[0]
-        shutil.rmtree(part)
-        raise LeakError(source, f"{len(leaks)} pictures stand in train and in val or test, e.g. {at['train']!r} is {next(at[s] for s in at if s != 'train')!r}",
-                        "no decoded picture on both sides", "--on-leak drop-train rejects the train copies")  # fmt: skip
-    if leaks:
-        dropped = _drop_train(files, {h for h, _ in leaks})
-        counts["train"] -= len(dropped)
-        rejects += [{"key": k, "path": u, "reason": "stands in val or test too (same decoded pixels)"} for k, u in dropped]
-    for file in files:
-        with opened(file) as f:
-            for row in pq.read_table(f, columns=["key", "pixel_hash", "captions", "split"]).to_pylist():
-                fingerprint.update(json.dumps(row, sort_keys=True).encode())
-    with (part / "rejects.jsonl").open("w") as f:
-        f.writelines(json.dumps(r) + "\n" for r in rejects)
-    manifest = {
-        "contract": "pairs/1", "source": str(source), "kind": kind, "seed": seed, "splits": {s: counts[s] for s in SPLITS if counts[s]},
-        "captions": captions, "copies": copies, "rejects": len(rejects), "fingerprint": fingerprint.hexdigest(),
-    }  # fmt: skip
-    (part / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
-    if target.exists():
-        shutil.rmtree(target)
-    part.rename(target)
+        expected = "three numbers >= 0 that sum to 1"
+        raise UsageError("`fractions`", ",".join(map(str, fractions)), expected)
+    storage.check_free(out, "manifest.json", overwrite=overwrite, kind="pairs")
+    kind, pictures = read_any(source, images_root=images_root)
+    with storage.new_folder(out, "manifest.json", overwrite=overwrite, kind="pairs") as folder:
+        ledger = Ledger()
+        with PairsWriter(folder) as writer:
+            for row in _judged(pictures, options, ledger, progress):
+                writer.add(row)
+        files = writer.files
+        if not ledger.splits:
+            first = f", the first: {ledger.rejects[0]['reason']}" if ledger.rejects else ""
+            came = f"{ledger.total} rows, none of them usable{first}"
+            raise InputError(source, came, "pictures with captions")
+        if ledger.splits["train"] and not ledger.splits["val"]:
+            _carve_val(files, options, ledger)
+        _settle_leaks(source, files, options, ledger)
+        storage.write_json_lines(folder / "rejects.jsonl", ledger.rejects)
+        manifest = {
+            "contract": "pairs/1",
+            "source": str(source),
+            "kind": kind,
+            "seed": seed,
+            "splits": {s: ledger.splits[s] for s in SPLITS if ledger.splits[s]},
+            "captions": ledger.captions,
+            "copies": ledger.copies,
+            "rejects": len(ledger.rejects),
+            "fingerprint": fingerprint_of(files),
+        }
+        storage.write_json(folder / "manifest.json", manifest)
     return manifest
 
 
+def _judged(
+    pictures: Iterator[SourcePicture], options: BuildOptions, ledger: Ledger, progress: Callable[[int], None]
+) -> Iterator[dict[str, Any]]:
+    """The rows that are good, each with its split; the others are entered as rejects."""
+    for picture, verdict in _judge_all(pictures, options):
+        ledger.total += 1
+        progress(ledger.total)
+        if isinstance(verdict, dict) and verdict["key"] in ledger.first_uri:
+            came = f"a second picture named {picture.key!r} (first: {ledger.first_uri[picture.key]})"
+            verdict = InputError(picture.uri, came, "unique names")
+        if isinstance(verdict, DclipError):
+            ledger.rejects.append({"key": picture.key, "path": picture.uri, "reason": str(verdict)})
+            continue
+        row = verdict
+        ledger.first_uri[row["key"]] = picture.uri
+        row["split"] = row["split"] or _draw_split(row["pixel_hash"], options.seed, options.fractions)
+        same_pixels = ledger.keys_by_pixels.setdefault(row["pixel_hash"], {})
+        ledger.copies += bool(same_pixels)
+        same_pixels.setdefault(row["split"], row["key"])
+        ledger.splits[row["split"]] += 1
+        ledger.captions += len(row["captions"])
+        yield row
+
+
 def _judge_all(
-    found: Iterator[Found], embed: bool | None, split_map: dict[str, str], threads: int
-) -> Iterator[tuple[Found, dict | DclipError]]:
+    pictures: Iterator[SourcePicture], options: BuildOptions
+) -> Iterator[tuple[SourcePicture, dict[str, Any] | DclipError]]:
     """Decodes on threads, keeps the order, holds only a window of pictures in memory."""
-    with ThreadPoolExecutor(threads) as pool:
-        while window := list(islice(found, threads * 16)):
-            yield from zip(window, pool.map(lambda raw: _judge(raw, embed, split_map), window), strict=True)
+    with ThreadPoolExecutor(options.threads) as pool:
+        while window := list(islice(pictures, options.threads * 16)):
+            verdicts = pool.map(lambda picture: _judge(picture, options), window)
+            yield from zip(window, verdicts, strict=True)
 
 
-def _judge(raw: Found, embed: bool | None, split_map: dict[str, str]) -> dict[str, Any] | DclipError:
+def _judge(picture: SourcePicture, options: BuildOptions) -> dict[str, Any] | DclipError:
+    """A row of the pairs contract, or why the picture is rejected."""
     try:
-        captions = [" ".join(c.split()) for c in raw.captions]
+        captions = [" ".join(c.split()) for c in picture.captions]
         if not captions or not all(captions):
-            raise InputError(raw.uri, "no caption" if not captions else "an empty caption", "at least one caption, none of them empty")
-        split = raw.split.strip().lower() if raw.split else None
-        split = split_map.get(split, split) if split else None
-        split = {"validation": "val", "valid": "val", "dev": "val", "training": "train"}.get(split or "", split)
-        if split and split not in SPLITS:
-            raise InputError(raw.uri, f"split {raw.split!r}", "train, val or test", f"--split-map {raw.split}=train")
-        data = raw.image if raw.image is not None else images.read(raw.uri)
-        image = images.open_rgb(data, raw.uri)
+            came = "an empty caption" if captions else "no caption"
+            raise InputError(picture.uri, came, "at least one caption, none of them empty")
+        split = _own_split(picture, options.split_map)
+        data = picture.image if picture.image is not None else images.read(picture.uri)
+        image = images.open_rgb(data, picture.uri)
     except (InputError, ImageError) as e:
         return e
-    inside = raw.image is not None if embed is None else embed
-    if not inside and raw.image is not None:
-        return InputError(raw.uri, "a picture inside an archive", "a file for each picture", "leave out --reference")
-    return {"key": raw.key, "uri": raw.uri, "image": data if inside else None, "width": image.width, "height": image.height,
-            "captions": captions, "split": split, "pixel_hash": images.pixel_hash(image)}  # fmt: skip
+    inside = picture.image is not None if options.embed is None else options.embed
+    if not inside and picture.image is not None:
+        came = "a picture inside an archive"
+        return InputError(picture.uri, came, "a file for each picture", "`embed`: pictures go into the files")
+    return {
+        "key": picture.key,
+        "uri": picture.uri,
+        "image": data if inside else None,
+        "width": image.width,
+        "height": image.height,
+        "captions": captions,
+        "split": split,
+        "pixel_hash": images.pixel_hash(image),
+    }
 
 
-def _unit(pixel_hash: str, seed: int, what: str) -> float:
-    return int.from_bytes(hashlib.sha256(f"{what}-{seed}-{pixel_hash}".encode()).digest()[:8]) / 2**64
+def _own_split(picture: SourcePicture, split_map: dict[str, str]) -> str | None:
+    """The split that the source says, under our names; None where it says none."""
+    if not picture.split:
+        return None
+    name = picture.split.strip().lower()
+    name = split_map.get(name, name)
+    name = SPLIT_NAMES.get(name, name)
+    if name and name not in SPLITS:
+        do = f"`split_map` {picture.split}=train"
+        raise InputError(picture.uri, f"split {picture.split!r}", "train, val or test", do)
+    return name or None
 
 
 def _draw_split(pixel_hash: str, seed: int, fractions: tuple[float, float, float]) -> str:
-    u = _unit(pixel_hash, seed, "split")
-    return "train" if u < fractions[0] else "val" if u < fractions[0] + fractions[1] else "test"
-
-
-def _write(rows: Iterator[dict[str, Any]], folder: UPath) -> list[UPath]:
-    files, held, size = [], [], 0
-
-    def flush() -> None:
-        file = folder / f"pairs-{len(files):05d}.parquet"
-        with file.open("wb") as f:
-            pq.write_table(PAIRS.table(held), f, row_group_size=256)
-        files.append(file)
-
-    for row in rows:
-        held.append(row)
-        size += len(row["image"] or b"")
-        if len(held) >= ROWS_A_FILE or size >= BYTES_A_FILE:
-            flush()
-            held, size = [], 0
-    if held:
-        flush()
-    return files
+    u = unit_hash(pixel_hash, f"split-{seed}")
+    if u < fractions[0]:
+        return "train"
+    return "val" if u < fractions[0] + fractions[1] else "test"
 
 
 def _rewrite(file: UPath, table: pa.Table) -> None:
@@ -185,32 +201,54 @@ def _rewrite(file: UPath, table: pa.Table) -> None:
         pq.write_table(table.replace_schema_metadata(PAIRS.schema.metadata), f, row_group_size=256)
 
 
-def _carve_val(files: list[UPath], seed: int, fraction: float, where: dict[str, dict[str, str]]) -> Counter[str]:
+def _carve_val(files: list[UPath], options: BuildOptions, ledger: Ledger) -> None:
+    """Gives part of train to val, where the source has no val of its own."""
+    fraction = max(options.fractions[1], 0.1)
     counts: Counter[str] = Counter()
     for file in files:
-        with opened(file) as f:
+        with open_for_arrow(file) as f:
             table = pq.read_table(f)
-        hashes, keys = table["pixel_hash"].to_pylist(), table["key"].to_pylist()
-        splits = [
-            "val" if s == "train" and _unit(h, seed, "val") < fraction else s
-            for s, h in zip(table["split"].to_pylist(), hashes, strict=True)
-        ]
-        for s, h, k in zip(splits, hashes, keys, strict=True):
-            if s == "val":
-                where[h].pop("train", None)
-                where[h].setdefault("val", k)
+        columns = (table[name].to_pylist() for name in ("split", "pixel_hash", "key"))
+        splits = []
+        for split, pixels, key in zip(*columns, strict=True):
+            if split == "train" and unit_hash(pixels, f"val-{options.seed}") < fraction:
+                split = "val"
+            if split == "val":
+                ledger.keys_by_pixels[pixels].pop("train", None)
+                ledger.keys_by_pixels[pixels].setdefault("val", key)
+            splits.append(split)
         counts.update(splits)
-        _rewrite(file, table.set_column(table.schema.get_field_index("split"), "split", pa.array(splits)))
-    return counts
+        column = table.schema.get_field_index("split")
+        _rewrite(file, table.set_column(column, "split", pa.array(splits)))
+    ledger.splits = counts
 
 
-def _drop_train(files: list[UPath], hashes: set[str]) -> list[tuple[str, str]]:
+def _settle_leaks(source: str, files: list[UPath], options: BuildOptions, ledger: Ledger) -> None:
+    """Refuses pictures that stand in train and in val or test, or drops their train copies."""
+    leaks = {p: keys for p, keys in ledger.keys_by_pixels.items() if "train" in keys and len(keys) > 1}
+    if not leaks:
+        return
+    if options.on_leak == "refuse":
+        keys = next(iter(leaks.values()))
+        twin = next(key for split, key in keys.items() if split != "train")
+        came = f"{len(leaks)} pictures stand in train and in val or test, e.g. {keys['train']!r} is {twin!r}"
+        do = "`on_leak` drop-train rejects the train copies"
+        raise LeakError(source, came, "no decoded picture on both sides", do)
+    dropped = _drop_train(files, set(leaks))
+    ledger.splits["train"] -= len(dropped)
+    reason = "stands in val or test too (same decoded pixels)"
+    ledger.rejects += [{"key": key, "path": uri, "reason": reason} for key, uri in dropped]
+
+
+def _drop_train(files: list[UPath], pixel_hashes: set[str]) -> list[tuple[str, str]]:
+    """Takes the train copies of these pictures out of the files; their keys and URIs."""
     dropped = []
     for file in files:
-        with opened(file) as f:
+        with open_for_arrow(file) as f:
             table = pq.read_table(f)
-        out = [s == "train" and h in hashes for s, h in zip(table["split"].to_pylist(), table["pixel_hash"].to_pylist(), strict=True)]
+        rows = table.select(["split", "pixel_hash", "key", "uri"]).to_pylist()
+        out = [r["split"] == "train" and r["pixel_hash"] in pixel_hashes for r in rows]
         if any(out):
-            dropped += [(k, u) for k, u, o in zip(table["key"].to_pylist(), table["uri"].to_pylist(), out, strict=True) if o]
-            _rewrite(file, table.filter(pa.array([not o for o in out])))
+            dropped += [(r["key"], r["uri"]) for r, gone in zip(rows, out, strict=True) if gone]
+            _rewrite(file, table.filter(pa.array([not gone for gone in out])))
     return dropped

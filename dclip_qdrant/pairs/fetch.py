@@ -1,4 +1,5 @@
-"""Pictures by URL, from a list of captions and addresses (Conceptual Captions' TSV): bounded, polite, resumable; what fails is listed with its reason.
+"""Pictures by URL, from a list of captions and addresses (Conceptual Captions' TSV): bounded, polite,
+resumable; what fails is listed with its reason.
 
 Nothing fetches by itself: this runs only when it is asked to. The result is a folder that `pairs` reads.
 """
@@ -9,18 +10,17 @@ import json
 import socket
 import threading
 import time
-import urllib.error
 import urllib.parse
-import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from dclip_qdrant import images
 from dclip_qdrant.errors import ImageError, InputError
+from dclip_qdrant.pictures import http, images
+from dclip_qdrant.tables import storage
 
 
 @dataclass(frozen=True)
@@ -33,18 +33,25 @@ class Manners:
     timeout: float = 10.0
     max_bytes: int = 20 << 20
     agent: str = "dclip-qdrant (image-caption pairs for training; one request at a time to a host)"
-    private: bool = False  # addresses of private networks and this machine: a list from elsewhere must not reach them
+    # addresses of private networks and this machine: a list from elsewhere must not reach them
+    private: bool = False
 
 
 class Refused(Exception):
     pass
 
 
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A redirect is followed by us, after its host was looked at, or not at all."""
+@dataclass
+class FetchReport:
+    """How many addresses were in the list, were fetched now, were known from before, and failed."""
 
-    def redirect_request(self, *_: Any) -> None:
-        return None
+    asked: int = 0
+    fetched: int = 0
+    known: int = 0
+    rejected: int = 0
+
+    def row(self) -> dict[str, int]:
+        return asdict(self)
 
 
 class Hosts:
@@ -68,53 +75,77 @@ class Hosts:
                 self._last[host] = time.monotonic()
 
 
-def fetch(source: str, out: str, manners: Manners | None = None, *, progress: Callable[[int], None] = lambda n: None) -> dict[str, int]:
-    """Reads `source` (TSV: caption, URL, as Conceptual Captions has it; or JSONL with `url` and `caption`) and writes `out/images/*`, `out/captions.jsonl` and
-    `out/rejects.jsonl`. A second run takes up where the first was stopped; addresses that failed before are not asked again unless their lines are
-    removed from rejects.jsonl.
+def fetch(
+    source: str,
+    out: str,
+    manners: Manners | None = None,
+    *,
+    progress: Callable[[int], None] = lambda count: None,
+) -> FetchReport:
+    """Reads `source` (TSV: caption, URL, as Conceptual Captions has it; or JSONL with `url` and `caption`)
+    and writes `out/images/*`, `out/captions.jsonl` and `out/rejects.jsonl`.
 
-    Returns {"asked", "fetched", "known", "rejected"}.
+    A second run takes up where the first was stopped; addresses that failed before are not asked again unless
+    their lines are removed from rejects.jsonl.
 
     Raises:
         InputError: no such list, or a line of another form.
     """
     manners = manners or Manners()
-    folder = Path(out)
+    folder = storage.local_path(out, "`out`")
     (folder / "images").mkdir(parents=True, exist_ok=True)
-    known = {json.loads(line)["url"] for name in ("captions.jsonl", "rejects.jsonl") if (folder / name).exists() for line in (folder / name).read_text().splitlines()}
-    counts = {"asked": 0, "fetched": 0, "known": 0, "rejected": 0}
-    hosts, write = Hosts(manners.host_seconds), threading.Lock()
+    known = _known_urls(folder)
+    report, hosts, lock = FetchReport(), Hosts(manners.host_seconds), threading.Lock()
 
-    def one(row: tuple[str, str]) -> None:
+    def fetch_one(row: tuple[str, str]) -> None:
         url, caption = row
+        name, line = "captions.jsonl", {}
         try:
-            data = hosts.turn(urllib.parse.urlsplit(url).hostname or "", lambda: get(url, manners))
-            image = images.open_rgb(data, url)
-            name = f"images/{hashlib.sha256(url.encode()).hexdigest()[:24]}{_suffix(data)}"
-            (folder / name).write_bytes(data)
-            line, kind = {"file_name": name, "captions": [caption], "url": url, "width": image.width, "height": image.height}, "captions.jsonl"
+            host = urllib.parse.urlsplit(url).hostname or ""
+            line = _store(folder, url, caption, hosts.turn(host, lambda: get(url, manners)))
         except (Refused, ImageError, ValueError) as e:
-            line, kind = {"url": url, "reason": str(e)}, "rejects.jsonl"
-        with write:
-            with (folder / kind).open("a") as f:
+            name, line = "rejects.jsonl", {"url": url, "reason": str(e)}
+        with lock:
+            with (folder / name).open("a") as f:
                 f.write(json.dumps(line) + "\n")
-            counts["fetched" if kind == "captions.jsonl" else "rejected"] += 1
-            progress(counts["fetched"] + counts["rejected"])
+            if name == "captions.jsonl":
+                report.fetched += 1
+            else:
+                report.rejected += 1
+            progress(report.fetched + report.rejected)
 
     def fresh() -> Iterator[tuple[str, str]]:
         for url, caption in islice(rows(source), manners.limit):
-            counts["asked"] += 1
+            report.asked += 1
             if url in known:
-                counts["known"] += 1
+                report.known += 1
                 continue
             known.add(url)
             yield url, caption
 
-    todo = fresh()
+    waiting = fresh()
     with ThreadPoolExecutor(manners.threads) as pool:
-        while window := list(islice(todo, manners.threads * 16)):
-            list(pool.map(one, window))
-    return counts
+        while window := list(islice(waiting, manners.threads * 16)):
+            list(pool.map(fetch_one, window))
+    return report
+
+
+def _known_urls(folder: Path) -> set[str]:
+    """What an earlier run asked for already."""
+    known: set[str] = set()
+    for name in ("captions.jsonl", "rejects.jsonl"):
+        if (folder / name).exists():
+            known.update(json.loads(line)["url"] for line in (folder / name).read_text().split("\n") if line)
+    return known
+
+
+def _store(folder: Path, url: str, caption: str, data: bytes) -> dict[str, Any]:
+    """Keeps a picture; its line in captions.jsonl. Raises ImageError."""
+    image = images.open_rgb(data, url)
+    name = f"images/{hashlib.sha256(url.encode()).hexdigest()[:24]}{_suffix(data)}"
+    storage.write_bytes(folder / name, data)
+    size = {"width": image.width, "height": image.height}
+    return {"file_name": name, "captions": [caption], "url": url, **size}
 
 
 def rows(source: str) -> Iterator[tuple[str, str]]:
@@ -133,44 +164,50 @@ def rows(source: str) -> Iterator[tuple[str, str]]:
                 else:
                     caption, url = line.rstrip("\n").split("\t")
             except (ValueError, KeyError, TypeError) as e:
-                raise InputError(f"{source}, line {n}", f"{line[:60]!r}", 'caption<TAB>URL, or {"url": ..., "caption": ...}') from e
+                raise InputError(
+                    f"{source}, line {n}",
+                    f"{line[:60]!r}",
+                    'caption<TAB>URL, or {"url": ..., "caption": ...}',
+                ) from e
             yield url.strip(), caption.strip()
 
 
 def get(url: str, manners: Manners, *, hops: int = 3) -> bytes:
     """The bytes behind a URL. Raises Refused with the reason."""
-    opener = urllib.request.build_opener(_NoRedirect())
     for _ in range(hops):
         check(url, manners)
-        request = urllib.request.Request(url, headers={"User-Agent": manners.agent, "Accept": "image/*"})
         try:
-            with opener.open(request, timeout=manners.timeout) as answer:
-                data = answer.read(manners.max_bytes + 1)
-        except urllib.error.HTTPError as e:
-            if e.code in (301, 302, 303, 307, 308) and e.headers.get("Location"):
-                url = urllib.parse.urljoin(url, e.headers["Location"])
-                continue
-            raise Refused(f"answered {e.code}") from None
-        except (OSError, ValueError) as e:
-            raise Refused(f"can't be reached ({type(e).__name__})") from None
-        if len(data) > manners.max_bytes:
-            raise Refused(f"more than {manners.max_bytes:,} bytes")
-        return data
+            answer = http.get(
+                url,
+                agent=manners.agent,
+                timeout=manners.timeout,
+                most_bytes=manners.max_bytes,
+                proxies=True,
+            )
+        except http.HttpRefused as e:
+            raise Refused(str(e)) from None
+        if answer.location is None:
+            return answer.data
+        url = urllib.parse.urljoin(url, answer.location)
     raise Refused(f"more than {hops - 1} redirects")
 
 
 def check(url: str, manners: Manners) -> None:
-    """Refuses what isn't http(s), and hosts of private networks: a list made by strangers must not reach inside."""
+    """Refuses what isn't http(s), and hosts of private networks: a list made by strangers must not reach
+    inside."""
     parts = urllib.parse.urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.password:
         raise Refused("not an http or https address")
     if manners.private:
         return
     try:
-        found = {info[4][0] for info in socket.getaddrinfo(parts.hostname, parts.port or 443, type=socket.SOCK_STREAM)}
+        addresses = {
+            info[4][0]
+            for info in socket.getaddrinfo(parts.hostname, parts.port or 443, type=socket.SOCK_STREAM)
+        }
     except (OSError, UnicodeError):
         raise Refused("no such host") from None
-    if not all(ipaddress.ip_address(a).is_global for a in found):
+    if not all(ipaddress.ip_address(a).is_global for a in addresses):
         raise Refused("an address of a private network")
 
 

@@ -1,10 +1,11 @@
-"""What people have, as a stream of `Found`: one reader a format, each a generator. Nothing is decoded or judged here."""
+"""What people have, as a stream of `SourcePicture`: one reader a format, each a generator. Nothing is decoded
+or judged here."""
 
 import csv
 import io
 import json
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,12 +13,24 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from upath import UPath
 
-from dclip_qdrant.arrow_file import opened
 from dclip_qdrant.errors import InputError, UsageError
-from dclip_qdrant.images import SUFFIXES
+from dclip_qdrant.pictures.images import SUFFIXES
+from dclip_qdrant.tables import storage
 
 KEY_COLUMNS = ("key", "image_id", "id")
-IMAGE_COLUMNS = ("image", "file_name", "filename", "image_name", "image_path", "filepath", "path", "file", "uri", "jpg", "bytes")
+IMAGE_COLUMNS = (
+    "image",
+    "file_name",
+    "filename",
+    "image_name",
+    "image_path",
+    "filepath",
+    "path",
+    "file",
+    "uri",
+    "jpg",
+    "bytes",
+)
 CAPTION_COLUMNS = ("captions", "caption", "text", "sentences", "sentence", "comment", "title", "description")
 CAPTION_FILES = (
     "captions.jsonl",
@@ -33,7 +46,7 @@ CAPTION_FILES = (
 
 
 @dataclass
-class Found:
+class SourcePicture:
     """One picture as its source tells it. `image` holds its bytes, or `uri` says where they are."""
 
     key: str
@@ -42,29 +55,39 @@ class Found:
     image: bytes | None = None
     split: str | None = None
     extra: dict[str, Any] = field(default_factory=dict)
+    place: str = ""  # where in its source it stands: file and number, the same at every reading
 
 
-def read_any(source: str, *, images: str | None = None, captions: bool = True) -> tuple[str, Iterator[Found]]:
+def read_any(
+    source: str, *, images_root: str | None = None, captions: bool = True
+) -> tuple[str, Iterator[SourcePicture]]:
     """The name of the format and its pictures.
 
-    A folder is read by what lies in it: a captions file, Parquet files, tar shards, or (with captions=False, as ingestion asks)
-    just pictures.
+    A folder is read by what lies in it: a captions file, Parquet files, tar shards, or (with captions=False,
+    as ingestion asks) just pictures.
 
     Raises:
         UsageError: nothing there, or nothing that a reader knows.
     """
-    path = UPath(source)
+    path = storage.as_path(source)
     if path.is_dir():
         kind, files = _kind_of_folder(path, captions)
     elif path.exists():
         kind, files = _kind_of_file(path), [path]
     else:
-        raise UsageError(source, "no such file or folder", "a folder, or a CSV, TSV, JSONL, JSON, token, tar or Parquet file")
-    root = UPath(images) if images else None
+        expected = "a folder, or a CSV, TSV, JSONL, JSON, token, tar or Parquet file"
+        raise UsageError(source, "no such file or folder", expected)
+    root = storage.as_path(images_root) if images_root else None
     if root is not None and not root.is_dir():
-        raise UsageError("--images", f"no folder {images}")
-    reader = {"parquet": _parquet, "tar": _tar, "csv": _csv, "jsonl": _jsonl, "token": _token, "json": _json, "folder": _folder}[kind]
-    return kind, (found for file in files for found in reader(file, root or _image_root(file)))
+        raise UsageError("`images_root`", f"no folder {images_root}")
+    return kind, _read(READERS[kind], files, root)
+
+
+def _read(reader: "Reader", files: list[UPath], root: UPath | None) -> Iterator[SourcePicture]:
+    for file in files:
+        for number, picture in enumerate(reader(file, root or _image_root(file))):
+            picture.place = f"{file}#{number}"
+            yield picture
 
 
 def _kind_of_folder(path: UPath, captions: bool) -> tuple[str, list[UPath]]:
@@ -73,22 +96,37 @@ def _kind_of_folder(path: UPath, captions: bool) -> tuple[str, list[UPath]]:
             return _kind_of_file(path / name), [path / name]
     tokens = sorted(path.glob("*.token"))
     if tokens:
-        return "token", tokens[:1] if len(tokens) == 1 else _one(tokens)
+        return "token", tokens[:1] if len(tokens) == 1 else _refuse_several(tokens)
     for kind, suffix in (("parquet", "*.parquet"), ("tar", "*.tar")):
         files = sorted(path.glob(suffix))
         if files:
             return kind, files
     if captions:
-        loose = [f for pattern in ("*.jsonl", "*.csv", "*.tsv", "*.json", "*.txt") for f in sorted(path.glob(pattern))]
+        loose = [
+            f
+            for pattern in ("*.jsonl", "*.csv", "*.tsv", "*.json", "*.txt")
+            for f in sorted(path.glob(pattern))
+        ]
         if len(loose) == 1:
             return _kind_of_file(loose[0]), loose
-        raise UsageError(path, f"{len(loose)} files that could be captions" if loose else "no captions file, Parquet or tar shards in this folder",
-                         "one of " + ", ".join(CAPTION_FILES), "name the captions file itself, and the pictures with --images")  # fmt: skip
+        raise UsageError(
+            path,
+            f"{len(loose)} files that could be captions"
+            if loose
+            else "no captions file, Parquet or tar shards in this folder",
+            "one of " + ", ".join(CAPTION_FILES),
+            "name the captions file itself, and the pictures with `images_root`",
+        )
     return "folder", [path]
 
 
-def _one(files: list[UPath]) -> list[UPath]:
-    raise UsageError(files[0].parent, f"{len(files)} .token files", "one", "name the file itself, and the pictures with --images")
+def _refuse_several(files: list[UPath]) -> list[UPath]:
+    raise UsageError(
+        files[0].parent,
+        f"{len(files)} .token files",
+        "one",
+        "name the file itself, and the pictures with `images_root`",
+    )
 
 
 def _kind_of_file(path: UPath) -> str:
@@ -126,12 +164,16 @@ def _locate(root: UPath, name: str) -> str:
     return str(here if here.exists() or not (root.parent / name).exists() else root.parent / name)
 
 
-def _pick(columns: list[str], among: tuple[str, ...], where: object, what: str) -> str:
+def _pick(columns: list[str], among: tuple[str, ...], where: object, meaning: str) -> str:
     clean = {c.strip().lower(): c for c in columns}
     for name in among:
         if name in clean:
             return clean[name]
-    raise InputError(where, f"columns {', '.join(columns) or 'none'}", f"a column for the {what}: one of {', '.join(among)}")
+    raise InputError(
+        where,
+        f"columns {', '.join(columns) or 'none'}",
+        f"a column for the {meaning}: one of {', '.join(among)}",
+    )
 
 
 def _text(path: UPath) -> str:
@@ -141,18 +183,19 @@ def _text(path: UPath) -> str:
         raise InputError(path, f"not UTF-8 text (byte {e.start})") from e
 
 
-def _group(rows: Iterator[tuple[str, str, str | None]], root: UPath) -> Iterator[Found]:
-    """(file name, caption, split) rows, one a caption -> one Found a picture, in order of first sight."""
-    found: dict[str, Found] = {}
+def _group(rows: Iterator[tuple[str, str, str | None]], root: UPath) -> Iterator[SourcePicture]:
+    """(file name, caption, split) rows, one a caption -> one picture each, in order of first sight."""
+    picture_of: dict[str, SourcePicture] = {}
     for name, caption, split in rows:
-        if name not in found:
-            found[name] = Found(name, _locate(root, name), [], split=split)
-        found[name].captions.append(caption)
-    yield from found.values()
+        if name not in picture_of:
+            picture_of[name] = SourcePicture(name, _locate(root, name), [], split=split)
+        picture_of[name].captions.append(caption)
+    yield from picture_of.values()
 
 
-def _csv(path: UPath, root: UPath) -> Iterator[Found]:
-    """CSV, TSV, Flickr's captions.txt (comma) and results.csv (bar); one row a caption or one row a picture."""
+def _csv(path: UPath, root: UPath) -> Iterator[SourcePicture]:
+    """CSV, TSV, Flickr's captions.txt (comma) and results.csv (bar); one row a caption or one row a
+    picture."""
     text = _text(path)
     head = text.split("\n", 1)[0]
     delimiter = max(",\t|;", key=head.count)
@@ -161,10 +204,12 @@ def _csv(path: UPath, root: UPath) -> Iterator[Found]:
     image = _pick(columns, IMAGE_COLUMNS, path, "picture")
     caption = _pick(columns, CAPTION_COLUMNS, path, "captions")
     split = next((c for c in columns if c.strip().lower() == "split"), None)
-    yield from _group(((row[image] or "", row[caption] or "", row[split] if split else None) for row in reader), root)
+    yield from _group(
+        ((row[image] or "", row[caption] or "", row[split] if split else None) for row in reader), root
+    )
 
 
-def _token(path: UPath, root: UPath) -> Iterator[Found]:
+def _token(path: UPath, root: UPath) -> Iterator[SourcePicture]:
     def rows() -> Iterator[tuple[str, str, None]]:
         for number, line in enumerate(_text(path).splitlines(), 1):
             if line.strip():
@@ -176,7 +221,7 @@ def _token(path: UPath, root: UPath) -> Iterator[Found]:
     yield from _group(rows(), root)
 
 
-def _jsonl(path: UPath, root: UPath) -> Iterator[Found]:
+def _jsonl(path: UPath, root: UPath) -> Iterator[SourcePicture]:
     for number, line in enumerate(_text(path).splitlines(), 1):
         if not line.strip():
             continue
@@ -188,7 +233,7 @@ def _jsonl(path: UPath, root: UPath) -> Iterator[Found]:
         captions = next((row[c] for c in CAPTION_COLUMNS if c in row), [])
         key = next((str(row[c]) for c in KEY_COLUMNS if c in row), str(row[image]))
         known = {image, "split", *KEY_COLUMNS, *CAPTION_COLUMNS}
-        yield Found(
+        yield SourcePicture(
             key,
             _locate(root, str(row[image])),
             _as_list(captions),
@@ -205,8 +250,9 @@ def _as_list(captions: Any) -> list[str]:
     return [c["raw"] if isinstance(c, dict) and "raw" in c else str(c) for c in captions]
 
 
-def _json(path: UPath, root: UPath) -> Iterator[Found]:
-    """COCO captions ({"images", "annotations"}) or a Karpathy split ({"images": [{"sentences", "split"}]})."""
+def _json(path: UPath, root: UPath) -> Iterator[SourcePicture]:
+    """COCO captions ({"images", "annotations"}) or a Karpathy split ({"images": [{"sentences",
+    "split"}]})."""
     try:
         data = json.loads(_text(path))
     except json.JSONDecodeError as e:
@@ -219,15 +265,18 @@ def _json(path: UPath, root: UPath) -> Iterator[Found]:
         for a in data["annotations"]:
             captions.setdefault(a["image_id"], []).append(a["caption"])
         for row in images:
-            yield Found(row["file_name"], _locate(root, row["file_name"]), captions.get(row["id"], []))
+            yield SourcePicture(
+                row["file_name"], _locate(root, row["file_name"]), captions.get(row["id"], [])
+            )
         return
     for row in images:
         name = "/".join(part for part in (row.get("filepath"), row["filename"]) if part)
-        split = {"restval": "train"}.get(row.get("split"), row.get("split"))  # Karpathy's restval belongs to training
-        yield Found(name, _locate(root, name), _as_list(row.get("sentences")), split=split)
+        # Karpathy's restval belongs to training
+        split = {"restval": "train"}.get(row.get("split"), row.get("split"))
+        yield SourcePicture(name, _locate(root, name), _as_list(row.get("sentences")), split=split)
 
 
-def _tar(path: UPath, root: UPath) -> Iterator[Found]:
+def _tar(path: UPath, root: UPath) -> Iterator[SourcePicture]:
     """A webdataset shard: members of one basename are one sample; captions in .txt (a line each) or .json."""
     sample: dict[str, bytes] = {}
     current: str | None = None
@@ -248,7 +297,7 @@ def _tar(path: UPath, root: UPath) -> Iterator[Found]:
         yield _of_sample(path, str(current), sample)
 
 
-def _of_sample(path: UPath, stem: str, sample: dict[str, bytes]) -> Found:
+def _of_sample(path: UPath, stem: str, sample: dict[str, bytes]) -> SourcePicture:
     image = next((sample[s] for s in sample if "." + s.rsplit(".", 1)[-1] in SUFFIXES), None)
     captions, split = [], None
     if "txt" in sample:
@@ -256,12 +305,15 @@ def _of_sample(path: UPath, stem: str, sample: dict[str, bytes]) -> Found:
     elif "json" in sample:
         row = json.loads(sample["json"])
         captions, split = _as_list(next((row[c] for c in CAPTION_COLUMNS if c in row), [])), row.get("split")
-    return Found(stem, f"{path}#{stem}", captions, image=image if image is not None else b"", split=split)
+    return SourcePicture(
+        stem, f"{path}#{stem}", captions, image=image if image is not None else b"", split=split
+    )
 
 
-def _parquet(path: UPath, root: UPath) -> Iterator[Found]:
-    """Ours, datasets' ({bytes, path}), or any table with a picture column (bytes or paths) and a captions column."""
-    with opened(path) as f:
+def _parquet(path: UPath, root: UPath) -> Iterator[SourcePicture]:
+    """Ours, datasets' ({bytes, path}), or any table with a picture column (bytes or paths) and a captions
+    column."""
+    with storage.open_for_arrow(path) as f:
         try:
             file = pq.ParquetFile(f)
         except pa.ArrowInvalid as e:
@@ -281,22 +333,41 @@ def _parquet(path: UPath, root: UPath) -> Iterator[Found]:
                 ident = str(row[key]) if key and row[key] is not None else name or f"{path.name}-{number:08d}"
                 uri = _locate(root, name) if name and data is None else f"{path}#{ident}"
                 extra = {k: v for k, v in row.items() if k not in known and not isinstance(v, bytes)}
-                yield Found(ident, uri, _as_list(row[caption]) if caption else [], image=data, split=row.get("split"), extra=extra)
+                yield SourcePicture(
+                    ident,
+                    uri,
+                    _as_list(row[caption]) if caption else [],
+                    image=data,
+                    split=row.get("split"),
+                    extra=extra,
+                )
                 number += 1
 
 
-def _folder(path: UPath, root: UPath) -> Iterator[Found]:
+def _folder(path: UPath, root: UPath) -> Iterator[SourcePicture]:
     """Every file with a picture's suffix below the folder, in order of name; no captions."""
     import os
 
     if "://" not in str(path):
-        for folder, folders, files in os.walk(path):
+        for folder, folders, files in os.walk(str(path)):
             folders.sort()
             for name in sorted(files):
                 if name.lower().endswith(SUFFIXES):
                     full = UPath(folder) / name
-                    yield Found(full.relative_to(path).as_posix(), str(full), [])
+                    yield SourcePicture(full.relative_to(path).as_posix(), str(full), [])
         return
     for file in sorted(path.rglob("*"), key=str):
         if file.suffix.lower() in SUFFIXES and file.is_file():
-            yield Found(str(file).removeprefix(str(path)).lstrip("/"), str(file), [])
+            yield SourcePicture(str(file).removeprefix(str(path)).lstrip("/"), str(file), [])
+
+
+Reader = Callable[[UPath, UPath], Iterator[SourcePicture]]
+READERS: dict[str, Reader] = {
+    "parquet": _parquet,
+    "tar": _tar,
+    "csv": _csv,
+    "jsonl": _jsonl,
+    "token": _token,
+    "json": _json,
+    "folder": _folder,
+}

@@ -1,6 +1,6 @@
 """Checkpoints of a run: written whole or not at all, the newest found again by whoever resumes.
 
-`step-N.pt` is written under another name and then renamed; only tensors and plain values are inside, and it is read with weights_only.
+Only tensors and plain values are inside a `step-N.pt`, and it is read with weights_only.
 """
 
 import io
@@ -10,32 +10,33 @@ from typing import Any
 import torch
 from upath import UPath
 
+from dclip_qdrant.tables import storage
+
 
 class Checkpoints:
     """The checkpoints in one folder (local or any fsspec URI that all workers reach)."""
 
     def __init__(self, folder: UPath, *, keep: int = 2) -> None:
-        self.folder, self.keep = folder, keep
+        self.folder = folder
+        self.keep = keep
 
-    def _all(self) -> list[tuple[int, UPath]]:
+    def _by_step(self) -> list[tuple[int, UPath]]:
         if not self.folder.exists():
             return []
-        found = [(re.fullmatch(r"step-(\d+)\.pt", p.name), p) for p in self.folder.iterdir()]
-        return sorted((int(m.group(1)), p) for m, p in found if m)
+        named = [(re.fullmatch(r"step-(\d+)\.pt", p.name), p) for p in self.folder.iterdir()]
+        return sorted((int(match.group(1)), p) for match, p in named if match)
 
     def save(self, step: int, state: dict[str, Any]) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
         buffer = io.BytesIO()
         torch.save(state, buffer)
-        part = self.folder / f"step-{step}.pt.partial"
-        part.write_bytes(buffer.getvalue())
-        part.rename(self.folder / f"step-{step}.pt")
-        for _, old in self._all()[: -self.keep]:
+        storage.write_bytes(self.folder / f"step-{step}.pt", buffer.getvalue())
+        for _, old in self._by_step()[: -self.keep]:
             old.unlink()
 
     def load(self) -> dict[str, Any] | None:
-        """The newest state, or None. A file cut short by a crash of the disk is passed over for the one before it."""
-        for _, path in reversed(self._all()):
+        """The newest state, or None. A file cut short by a crash of the disk is passed over for the one
+        before."""
+        for _, path in reversed(self._by_step()):
             try:
                 return torch.load(io.BytesIO(path.read_bytes()), map_location="cpu", weights_only=True)
             except (RuntimeError, EOFError, ValueError):
@@ -43,5 +44,5 @@ class Checkpoints:
         return None
 
     def clear(self) -> None:
-        for _, path in self._all():
+        for _, path in self._by_step():
             path.unlink()

@@ -1,8 +1,10 @@
 """Everything that knows of ranks: gathering a batch and summing gradients.
 
-Each rank holds a part of the batch and computes the whole batch's loss from gathered vectors, where only its own part carries gradient.
-Summed over ranks, tower gradients are then exactly the single-process gradient, for any loss over the whole batch and with gradient caching,
-which DistributedDataParallel's averaging of per-rank losses is not. Parameters inside objectives see the whole batch on every rank: theirs are equal already.
+Each rank holds a part of the batch and computes the whole batch's loss from gathered vectors, where only its
+own part carries gradient. Summed over ranks, tower gradients are then exactly the single-process gradient,
+for any loss over the whole batch and with gradient caching, which DistributedDataParallel's averaging of
+per-rank losses is not. Parameters inside objectives see the whole batch on every rank: theirs are equal
+already.
 """
 
 from collections.abc import Iterable
@@ -22,10 +24,15 @@ class Comm:
 
     @classmethod
     def current(cls) -> "Comm":
-        return cls(dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else cls()
+        return (
+            cls(dist.get_rank(), dist.get_world_size())
+            if dist.is_available() and dist.is_initialized()
+            else cls()
+        )
 
     def gather(self, x: Tensor) -> Tensor:
-        """[B, ...] of each rank -> [world * B, ...], rank by rank; gradient flows to this rank's own rows only. Parts must be of one size."""
+        """[B, ...] of each rank -> [world * B, ...], rank by rank; gradient flows to this rank's own rows
+        only. Parts must be of one size."""
         if self.world == 1:
             return x
         parts = [torch.empty_like(x) for _ in range(self.world)]

@@ -1,4 +1,5 @@
-"""Figures of a TwoTower while it is in memory. The same figures of an exported student come from `evaluation.py`, through onnxruntime."""
+"""Figures of a TwoTower while it is in memory. The same figures of an exported student come from
+`evaluation.py`, through onnxruntime."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -10,18 +11,19 @@ import torch
 from PIL import Image
 
 from dclip_qdrant import metrics
-from dclip_qdrant.data import Decoded, Pictures, load_cache
-from dclip_qdrant.labelled import Labelled
-from dclip_qdrant.models.two_tower import TwoTower
 from dclip_qdrant.pairs import Pairs
-from dclip_qdrant.preprocess import Preprocess
+from dclip_qdrant.pairs.labelled import Labelled
+from dclip_qdrant.pictures.preprocess import Preprocess
+from dclip_qdrant.training.data import Decoded, Pictures, load_cache
+from dclip_qdrant.training.models.two_tower import TwoTower
 
 BATCH = 64
 KEPT_BYTES = 512 << 20  # decoded pictures of an evaluation set stay in memory up to this
 
 
 class PictureSet:
-    """Pictures 0..n-1 as a model's pixels; a small set is decoded once and kept (WiSE-FT evaluates it for every alpha)."""
+    """Pictures 0..n-1 as a model's pixels; a small set is decoded once and kept (WiSE-FT evaluates it for
+    every alpha)."""
 
     def __init__(self, load: Callable[[int], Image.Image], n: int) -> None:
         self._load, self.n = load, n
@@ -31,33 +33,49 @@ class PictureSet:
         """[B, S, S, 3] uint8, in order; the next batch is decoded while this one is used."""
         with ThreadPoolExecutor(1) as ahead:
             todo = [range(s, min(s + BATCH, self.n)) for s in range(0, self.n, BATCH)]
-            read = lambda some: self._decoded([(preprocess, i) for i in some], lambda j: preprocess.pixels(self._load(some[j])))
-            coming = ahead.submit(read, todo[0]) if todo else None
-            for k in range(len(todo)):
+            if not todo:
+                return
+            read = lambda some: self._decoded(
+                [(preprocess, i) for i in some], lambda j: preprocess.pixels(self._load(some[j]))
+            )
+            coming = ahead.submit(read, todo[0])
+            for following in [*todo[1:], None]:
                 batch = coming.result()
-                if k + 1 < len(todo):
-                    coming = ahead.submit(read, todo[k + 1])
+                if following is not None:
+                    coming = ahead.submit(read, following)
                 yield batch
 
 
 class EvalSet:
-    """A split of pairs, ready to be evaluated again and again: what the towers' frozen parts say of it is computed once."""
+    """A split of pairs, ready to be evaluated again and again: what the towers' frozen parts say of it is
+    computed once."""
 
-    def __init__(self, pairs: Pairs, split: str, features: Any | None, device: str = "cpu", *, most: int | None = None) -> None:
+    def __init__(
+        self, pairs: Pairs, split: str, features: Any | None, device: str = "cpu", *, most: int | None = None
+    ) -> None:
         """`most`: no more pictures than these, evenly spread over the split."""
         pictures = Pictures(pairs, split)
-        rows = np.unique(np.linspace(0, len(pictures) - 1, min(most or len(pictures), len(pictures))).astype(int))
-        said = pairs.table(["captions"], (split,))["captions"].to_pylist()
-        self.captions: list[list[str]] = [said[i] for i in rows]
+        rows = np.unique(
+            np.linspace(0, len(pictures) - 1, min(most or len(pictures), len(pictures))).astype(int)
+        )
+        captions = pairs.table(["captions"], (split,))["captions"].to_pylist()
+        self.captions: list[list[str]] = [captions[i] for i in rows]
         self.owner = np.repeat(np.arange(len(self.captions)), [len(c) for c in self.captions])
         self.cache = (
-            load_cache([pictures.keys[i] for i in rows], [len(c) for c in self.captions], features, need=("texts",)) if features is not None else None
+            load_cache(
+                [pictures.keys[i] for i in rows], [len(c) for c in self.captions], features, need=("texts",)
+            )
+            if features is not None
+            else None
         )
         self.decoded = PictureSet(lambda i: pictures.load(int(rows[i])), len(rows))
         self.device = device
 
-    def vectors(self, model: TwoTower, *, cached_text: bool, text_map: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """image [N, D] and text [M, D], unit rows. `cached_text`: the text tower is as it was when features were made, but for `text_map` [D, D] behind it."""
+    def vectors(
+        self, model: TwoTower, *, cached_text: bool, text_map: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """image [N, D] and text [M, D], unit rows. `cached_text`: the text tower is as it was when features
+        were made, but for `text_map` [D, D] behind it."""
         if model.trunk_frozen and self.cache is not None and self.cache.trunk.shape[-1]:
             image = _batched(lambda x: model.head(x), self.cache.trunk[:, 0], self.device)
         else:
@@ -69,7 +87,9 @@ class EvalSet:
             text = encode_texts(model, [c for cs in self.captions for c in cs], self.device)
         return metrics.normalise(image), metrics.normalise(text)
 
-    def ranks(self, model: TwoTower, *, cached_text: bool = False, text_map: np.ndarray | None = None) -> metrics.Ranks:
+    def ranks(
+        self, model: TwoTower, *, cached_text: bool = False, text_map: np.ndarray | None = None
+    ) -> metrics.Ranks:
         return metrics.ranks(*self.vectors(model, cached_text=cached_text, text_map=text_map), self.owner)
 
 
@@ -89,18 +109,25 @@ class LabelledSet:
         else:
             image = encode_images(model, self.decoded, self.device)
         classes = encode_texts(model, self.data.prompts, self.device)
-        return metrics.zero_shot(metrics.normalise(image), np.array(self.data.labels), metrics.normalise(classes))
+        return metrics.zero_shot(
+            metrics.normalise(image), np.array(self.data.labels), metrics.normalise(classes)
+        )
 
 
 @torch.no_grad()
 def _batched(f: Any, x: np.ndarray, device: str) -> np.ndarray:
     return np.concatenate(
-        [f(torch.from_numpy(x[i : i + 512].astype(np.float32)).to(device)).float().cpu().numpy() for i in range(0, len(x), 512)]
+        [
+            f(torch.from_numpy(x[i : i + 512].astype(np.float32)).to(device)).float().cpu().numpy()
+            for i in range(0, len(x), 512)
+        ]
     )
 
 
 @torch.no_grad()
-def encode_images(model: TwoTower, pictures: PictureSet, device: str = "cpu", *, trunk: bool = False) -> np.ndarray:
+def encode_images(
+    model: TwoTower, pictures: PictureSet, device: str = "cpu", *, trunk: bool = False
+) -> np.ndarray:
     """[N, D] (or trunk features [N, F]), decoded on threads ahead of the model."""
     out = []
     for batch in pictures.batches(model.preprocess):

@@ -1,12 +1,16 @@
-"""The training loop: plain torch. A task says what a batch is and what its loss is; the loop steps, gathers, caches gradients and resumes.
+"""The training loop: plain torch. A task says what a batch is and what its loss is; the loop steps, gathers,
+caches gradients and resumes.
 
-Every draw (order, caption, view) follows from (seed, epoch, picture), never from a running generator: a resumed run sees the batches that the
-unbroken one would have seen, and any number of workers sees the same ones.
+Every draw (order, caption, view) follows from (seed, epoch, picture), never from a running generator: a
+resumed run sees the batches that the unbroken one would have seen, and any number of workers sees the same
+ones.
 """
 
+import logging
 import math
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,6 +20,9 @@ from torch import Tensor, nn
 from dclip_qdrant.training.checkpoint import Checkpoints
 from dclip_qdrant.training.distributed import Comm
 
+logger = logging.getLogger(__name__)
+
+Log = Callable[[str], None]  # takes a line for people
 Vectors = dict[str, Tensor]  # name -> [B, D] or [B * C, D]; rows of the batch in order
 
 
@@ -23,8 +30,8 @@ class Task(Protocol):
     """What a run trains."""
 
     size: int  # pictures
-    modules: nn.Module  # what learns behind `encode`
-    objectives: nn.Module  # what learns behind `loss`
+    modules: Any  # the nn.Module that learns behind `encode`
+    objectives: Any  # the nn.Module that learns behind `loss`
 
     def groups(self) -> list[dict[str, Any]]: ...  # optimizer groups: params, lr, weight_decay
 
@@ -38,11 +45,14 @@ class Task(Protocol):
 
     def fixed(self, batch: Any) -> Vectors: ...  # without: the teacher's vectors
 
-    def loss(self, live: Vectors, fixed: Vectors) -> tuple[Tensor, dict[str, float]]: ...  # of the whole batch
+    def loss(
+        self, live: Vectors, fixed: Vectors
+    ) -> tuple[Tensor, dict[str, float]]: ...  # of the whole batch
 
 
 def order(n: int, batch: int, *, seed: int, epoch: int) -> np.ndarray:
-    """[steps, batch] picture indices of an epoch; what doesn't fill a batch waits for another epoch's shuffle."""
+    """[steps, batch] picture indices of an epoch; what doesn't fill a batch waits for another epoch's
+    shuffle."""
     shuffled = np.random.default_rng([seed, epoch]).permutation(n)
     return shuffled[: n // batch * batch].reshape(-1, batch)
 
@@ -64,7 +74,7 @@ def fit(
     comm: Comm | None = None,
     checkpoints: Checkpoints | None = None,
     device: str = "cpu",
-    say: Callable[[str], None] = lambda line: None,
+    log: Log = logger.info,
     after_epoch: Callable[[int], dict[str, float]] | None = None,
 ) -> list[dict[str, float]]:
     """Trains to the end, from the newest checkpoint if there is one; the history, one row an epoch.
@@ -79,7 +89,11 @@ def fit(
     steps = task.size // batch_size
     towers = [p for p in task.modules.parameters() if p.requires_grad]
     learned = [p for p in task.objectives.parameters() if p.requires_grad]
-    groups = task.groups() + ([{"params": learned, "lr": max(g["lr"] for g in task.groups()), "weight_decay": 0.0}] if learned else [])
+    groups = task.groups() + (
+        [{"params": learned, "lr": max(g["lr"] for g in task.groups()), "weight_decay": 0.0}]
+        if learned
+        else []
+    )
     opt = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[optimizer](groups)
     base_lr = [g["lr"] for g in opt.param_groups]
     start_point = [p.detach().clone() for p in towers] if l2_sp else []
@@ -92,20 +106,30 @@ def fit(
         for p, v in zip([*towers, *learned, *average], saved["params"], strict=True):
             p.data.copy_(v)
         opt.load_state_dict(saved["optimizer"])
-        first_epoch, first_step, history, sums = saved["epoch"], saved["step"], saved["history"], saved["sums"]
-        say(f"resumed at epoch {first_epoch + 1}, step {first_step} of {steps}")
+        first_epoch, first_step, history, sums = (
+            saved["epoch"],
+            saved["step"],
+            saved["history"],
+            saved["sums"],
+        )
+        log(f"resumed at epoch {first_epoch + 1}, step {first_step} of {steps}")
 
     def save(epoch: int, step: int) -> None:
         if checkpoints and comm.rank == 0:
             params = [p.detach().cpu() for p in [*towers, *learned, *average]]
             checkpoints.save(
                 epoch * steps + step,
-                {"params": params, "optimizer": opt.state_dict(), "epoch": epoch, "step": step, "history": history, "sums": sums},
+                {
+                    "params": params,
+                    "optimizer": opt.state_dict(),
+                    "epoch": epoch,
+                    "step": step,
+                    "history": history,
+                    "sums": sums,
+                },
             )
 
-    from concurrent.futures import ThreadPoolExecutor
-
-    last_save = last_said = time.monotonic()
+    last_save = last_logged = time.monotonic()
     with ThreadPoolExecutor(1) as ahead:  # the next batch is read while this one trains
         for epoch in range(first_epoch, epochs):
             rows = order(task.size, batch_size, seed=seed, epoch=epoch)[:, comm.rank :: comm.world]
@@ -113,7 +137,7 @@ def fit(
             task.begin(epoch)
             coming = ahead.submit(task.batch, rows[first_step], epoch) if first_step < steps else None
             for step in range(first_step, steps):
-                batch = coming.result()
+                batch = coming.result() if coming else task.batch(rows[step], epoch)
                 coming = ahead.submit(task.batch, rows[step + 1], epoch) if step + 1 < steps else None
                 factor = rate(epoch * steps + step, epochs * steps, warmup, schedule)
                 for g, lr in zip(opt.param_groups, base_lr, strict=True):
@@ -121,8 +145,12 @@ def fit(
                 opt.zero_grad(set_to_none=True)
                 value, terms = gradients(task, batch, len(rows[step]), chunk_size, comm, device)
                 if not math.isfinite(value):
-                    raise RuntimeError(f"the loss is {value} at epoch {epoch + 1}, step {step + 1}: lower the learning rate")
-                awake = [p for p in towers if p.requires_grad]  # a resting tower has no gradient on any worker, and no momentum moves it
+                    raise RuntimeError(
+                        f"the loss is {value} at epoch {epoch + 1}, step {step + 1}: lower the learning rate"
+                    )
+                awake = [
+                    p for p in towers if p.requires_grad
+                ]  # a resting tower has no gradient on any worker, and no momentum moves it
                 comm.sum_gradients(awake)
                 comm.mean_gradients(learned)
                 if clip_norm:
@@ -137,9 +165,9 @@ def fit(
                 for k, v in {"loss": value, **terms}.items():
                     sums[k] = sums.get(k, 0.0) + v
                 now = time.monotonic()
-                if now - last_said > 10:
-                    say(f"epoch {epoch + 1}/{epochs} step {step + 1}/{steps} loss {value:.4f}")
-                    last_said = now
+                if now - last_logged > 10:
+                    log(f"epoch {epoch + 1}/{epochs} step {step + 1}/{steps} loss {value:.4f}")
+                    last_logged = now
                 if now - last_save > checkpoint_s and step + 1 < steps:
                     save(epoch, step + 1)
                     last_save = now
@@ -153,7 +181,7 @@ def fit(
             if epoch + 1 == epochs or time.monotonic() - last_save > checkpoint_s:
                 save(epoch + 1, 0)
                 last_save = time.monotonic()
-            say(
+            log(
                 " ".join(
                     [
                         f"epoch {epoch + 1}/{epochs}",
@@ -169,7 +197,8 @@ def fit(
 
 
 def rate(step: int, total: int, warmup: float, schedule: str) -> float:
-    """The learning rate's factor: linear warm-up over that part of all steps, then cosine to 0 or constant."""
+    """The learning rate's factor: linear warm-up over that part of all steps, then cosine to 0 or
+    constant."""
     rise = warmup * total
     if step < rise:
         return (step + 1) / (rise + 1)
@@ -178,11 +207,14 @@ def rate(step: int, total: int, warmup: float, schedule: str) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1.0, total - rise)))
 
 
-def gradients(task: Task, batch: Any, n: int, chunk: int, comm: Comm, device: str) -> tuple[float, dict[str, float]]:
+def gradients(
+    task: Task, batch: Any, n: int, chunk: int, comm: Comm, device: str
+) -> tuple[float, dict[str, float]]:
     """Leaves the batch's gradient in `.grad`; the loss and its terms.
 
-    A part of more than `chunk` pictures is gradient-cached (GradCache, Gao et al. 2021): vectors of all chunks without a graph, the loss's
-    gradient with respect to the vectors, then each chunk again with its graph. The gradient is the same; memory is one chunk's.
+    A part of more than `chunk` pictures is gradient-cached (GradCache, Gao et al. 2021): vectors of all
+    chunks without a graph, the loss's gradient with respect to the vectors, then each chunk again with its
+    graph. The gradient is the same; memory is one chunk's.
     """
     cast = torch.autocast("cuda", torch.bfloat16, enabled=device.startswith("cuda"))
 
@@ -207,9 +239,10 @@ def gradients(task: Task, batch: Any, n: int, chunk: int, comm: Comm, device: st
         live = encode(task.part(batch, *span))
         out, grads = [], []
         for k, v in live.items():
-            if v.requires_grad and leaves[k].grad is not None:
+            grad = leaves[k].grad
+            if v.requires_grad and grad is not None:
                 out.append(v)
-                grads.append(leaves[k].grad[at[k] : at[k] + len(v)])
+                grads.append(grad[at[k] : at[k] + len(v)])
             at[k] += len(v)
         if out:
             torch.autograd.backward(out, grads)

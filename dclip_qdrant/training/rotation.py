@@ -1,27 +1,32 @@
-"""One rotation for both towers, after training: the same similarities, but short prefixes and quantised codes lose less (ours; after ITQ, Gong & Lazebnik
-2011, with the student's own objectives in place of the quantisation error).
+"""One rotation for both towers, after training: the same similarities, but short prefixes and quantised codes
+lose less (ours; after ITQ, Gong & Lazebnik 2011, with the student's own objectives in place of the
+quantisation error).
 
-A rotation can't cost anything at full length, which is why it is learned last and by itself: the student's own training, WiSE-FT and its figures
-don't know of it.
+A rotation can't cost anything at full length, which is why it is learned last and by itself: the student's
+own training, WiSE-FT and its figures don't know of it.
 """
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dclip_qdrant.encoded import Encoded
-from dclip_qdrant.recipe import Index
+from dclip_qdrant.recipe import IndexSettings
+from dclip_qdrant.training.encoded import Encoded
 from dclip_qdrant.training.student_task import Weighted
 
 
 def principal(x: Tensor) -> Tensor:
-    """[N, D] -> the orthogonal matrix [D, D] whose columns are the directions of most power, the strongest first: the best start for prefixes."""
+    """[N, D] -> the orthogonal matrix [D, D] whose columns are the directions of most power, the strongest
+    first: the best start for prefixes."""
     _, vectors = torch.linalg.eigh(x.T @ x / len(x))
     return vectors.flip(1)
 
 
-def learn(image: np.ndarray, text: np.ndarray, owner: np.ndarray, cfg: Index, *, seed: int) -> tuple[Tensor, dict[str, float]]:
-    """image [N, D], text [M, D] unit rows, owner [M] -> the rotation [D, D] and the objectives' loss before and after it.
+def learn(
+    image: np.ndarray, text: np.ndarray, owner: np.ndarray, cfg: IndexSettings, *, seed: int
+) -> tuple[Tensor, dict[str, float]]:
+    """image [N, D], text [M, D] unit rows, owner [M] -> the rotation [D, D] and the objectives' loss before
+    and after it.
 
     Each step draws `batch_size` pictures and one caption of each.
     """
@@ -31,12 +36,16 @@ def learn(image: np.ndarray, text: np.ndarray, owner: np.ndarray, cfg: Index, *,
     turn = nn.Linear(dim, dim, bias=False)
     torch.nn.utils.parametrizations.orthogonal(turn, orthogonal_map="cayley")
     turn.weight = principal(torch.cat([image_, text_])).T  # Linear multiplies by the transpose
-    captions = np.split(np.argsort(owner, kind="stable"), np.cumsum(np.bincount(owner, minlength=len(image)))[:-1])
+    captions = np.split(
+        np.argsort(owner, kind="stable"), np.cumsum(np.bincount(owner, minlength=len(image)))[:-1]
+    )
     some = np.array([i for i, c in enumerate(captions) if len(c)])
     batch = min(cfg.batch_size, len(some))
 
-    def loss(f: nn.Module, pictures: np.ndarray, said: np.ndarray) -> Tensor:
-        e = Encoded(f(image_[pictures]), f(text_[said]), torch.arange(len(pictures)), torch.tensor(1.0))
+    def loss(f: nn.Module, pictures: np.ndarray, caption_rows: np.ndarray) -> Tensor:
+        e = Encoded(
+            f(image_[pictures]), f(text_[caption_rows]), torch.arange(len(pictures)), torch.tensor(1.0)
+        )
         return objective(e, e)[0]
 
     def draw(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

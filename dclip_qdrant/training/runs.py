@@ -1,6 +1,6 @@
-"""Runs: a base model's figures, a teacher, a student. Each takes a `Run`, writes its stage folder and can be killed at any moment."""
+"""Runs: a base model's figures, a teacher, a student. Each takes a `Run`, writes its stage folder and can be
+killed at any moment."""
 
-import io
 import itertools
 import json
 import time
@@ -11,24 +11,25 @@ from typing import Any
 import numpy as np
 import safetensors.torch
 import torch
+from torch import Tensor
 from upath import UPath
 
 from dclip_qdrant import metrics
-from dclip_qdrant.data import Pictures, load_cache
-from dclip_qdrant.models import two_tower
-from dclip_qdrant.models.region_teacher import RegionTeacher
 from dclip_qdrant.pairs import Pairs
-from dclip_qdrant.recipe import Recipe, Teacher
-from dclip_qdrant.stages import Stage
+from dclip_qdrant.recipe import Recipe, TeacherSettings
+from dclip_qdrant.tables import storage
+from dclip_qdrant.tables.stages import Stage
 from dclip_qdrant.training import hubness, rotation
 from dclip_qdrant.training.checkpoint import Checkpoints
+from dclip_qdrant.training.data import REGION_COLUMNS, Pictures, load_cache
 from dclip_qdrant.training.distributed import Comm
 from dclip_qdrant.training.evaluate import EvalSet, LabelledSet
-from dclip_qdrant.training.loop import fit
+from dclip_qdrant.training.figures import Figures, RunFigures, SweepPoint, save_ranks
+from dclip_qdrant.training.loop import Log, fit
+from dclip_qdrant.training.models import two_tower
+from dclip_qdrant.training.models.region_teacher import RegionTeacher
 from dclip_qdrant.training.student_task import StudentTask, reads_regions
-from dclip_qdrant.training.teacher_task import Spans, TeacherTask, fuse
-
-Say = Callable[[str], None]
+from dclip_qdrant.training.teacher_task import TeacherTask, fuse
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,8 @@ class Run:
     features: str
     teacher: str | None = None  # teacher cache
     others: tuple[str, ...] = ()  # features of the recipe's further teachers, or "base"
-    reference: str | None = None  # the model that retention is measured against; None: the student as it starts
+    # the model that retention is measured against; None: the student as it starts
+    reference: str | None = None
     labelled: str | None = None
     min_retention: float = 1.0
     split: str = "test"
@@ -64,100 +66,117 @@ class Run:
 
 
 class Worker:
-    """Does runs one after another and keeps what they share: evaluation sets and what frozen towers say of them."""
+    """Does runs one after another and keeps what they share: evaluation sets and what frozen towers say of
+    them."""
 
-    def __init__(self, comm: Comm, device: str, say: Say) -> None:
-        self.comm, self.device, self.say = comm, device, say
-        self._sets: dict[Any, Any] = {}
+    def __init__(self, comm: Comm, device: str, log: Log) -> None:
+        self.comm = comm
+        self.device = device
+        self.log = log
+        self._eval_sets: dict[tuple[str, str, str, int | None], EvalSet] = {}
+        self._labelled_sets: dict[str, LabelledSet] = {}
+        self._base_accuracies: dict[tuple[str, str], float] = {}
 
     def do(self, run: Run) -> None:
         """Does the run unless it is done. All ranks must call it."""
-        self.comm.barrier()  # no rank may finish the run (and so make it look done) before every rank has looked
+        self.comm.barrier()  # no rank may finish the run (and make it look done) before every rank has looked
         done = run.stage.done
         self.comm.barrier()
         if done:
-            self.say(f"{run.label}: done before, reused")
+            self.log(f"{run.label}: done before, reused")
             return
-        say = lambda line: self.say(f"{run.label}: {line}")
-        {"base": self._base, "teacher": self._teacher, "student": self._student}[run.kind](run, say)
+        do = {"base": self._base, "teacher": self._teacher, "student": self._student}[run.kind]
+        do(run, lambda line: self.log(f"{run.label}: {line}"))
         self.comm.barrier()
 
-    def _set(self, run: Run, split: str, most: int | None = None) -> EvalSet:
+    def _eval_set(self, run: Run, split: str, most: int | None = None) -> EvalSet:
         key = (run.pairs, run.features, split, most)
-        if key not in self._sets:
-            self._sets[key] = EvalSet(Pairs.open(run.pairs), split, UPath(run.features), self.device, most=most)
-        return self._sets[key]
-
-    def _place(self, run: Run, model: two_tower.TwoTower, weights: dict[str, torch.Tensor], strength: float, *, cached_text: bool) -> np.ndarray | None:
-        """Loads weights and turns their hubs down; the text side's map, which cached text vectors lack."""
-        model.load_weights(weights)
-        if not strength:
-            return None
-        cfg = Recipe(**run.recipe).hubness
-        image_map, text_map = hubness.maps(*self._set(run, "train", cfg.pictures).vectors(model, cached_text=cached_text), cfg.share, strength)
-        model.map_outputs(image_map.to(self.device), text_map.to(self.device))
-        return text_map.float().numpy()
+        if key not in self._eval_sets:
+            pairs = Pairs.open(run.pairs)
+            self._eval_sets[key] = EvalSet(pairs, split, UPath(run.features), self.device, most=most)
+        return self._eval_sets[key]
 
     def _labelled(self, run: Run) -> LabelledSet | None:
-        if run.labelled and ("labelled", run.labelled) not in self._sets:
-            self._sets["labelled", run.labelled] = LabelledSet(run.labelled, self.device)
-        return self._sets.get(("labelled", run.labelled))
+        if run.labelled is None:
+            return None
+        if run.labelled not in self._labelled_sets:
+            self._labelled_sets[run.labelled] = LabelledSet(run.labelled, self.device)
+        return self._labelled_sets[run.labelled]
 
-    def _base_accuracy(self, run: Run, model: two_tower.TwoTower, start: dict[str, torch.Tensor]) -> float:
-        """Zero-shot accuracy of the reference, or of the weights that every run of this model starts from; measured once."""
-        key = ("base accuracy", run.labelled, run.reference or run.student)
-        if key not in self._sets:
+    def _base_accuracy(self, run: Run, trained: "Trained") -> float:
+        """Zero-shot accuracy of the reference, or of the weights that every run of this model starts from;
+        measured once."""
+        labelled = self._labelled(run)
+        if labelled is None or run.labelled is None:
+            raise ValueError("no labelled pictures to measure the base on")
+        key = (run.labelled, run.reference or run.student)
+        if key not in self._base_accuracies:
+            model = trained.model
             if run.reference:
                 model = two_tower.load(run.reference).to(self.device)
             else:
-                model.load_weights(start)
-            self._sets[key] = self._labelled(run).accuracy(model)
-        return self._sets[key]
+                model.load_weights(trained.start)
+            self._base_accuracies[key] = labelled.accuracy(model)
+        return self._base_accuracies[key]
 
-    def _base(self, run: Run, say: Say) -> None:
+    def _base(self, run: Run, log: Log) -> None:
         if self.comm.rank:
             return
         model = two_tower.load(run.reference or run.student).to(self.device)
         labelled = self._labelled(run)
         accuracy = labelled.accuracy(model) if labelled else None
-        figures = {
-            "name": "base",
-            "zero_shot": accuracy,
-            "retention": 1.0 if labelled else None,
-            "n_labelled": len(labelled.data) if labelled else 0,
-        }
-        r = self._set(run, run.split).ranks(model, cached_text=False)
-        figures["test"] = metrics.retrieval(r)
-        _save_ranks(run.stage.path, "test", r)
-        run.stage.finish(metrics=figures)
-        say(_line(figures["test"], accuracy))
+        ranks = self._eval_set(run, run.split).ranks(model, cached_text=False)
+        save_ranks(run.stage.path, "chosen", ranks)
+        figures = Figures(metrics.retrieval(ranks), accuracy, 1.0 if labelled else None)
+        n_labelled = len(labelled.data) if labelled else 0
+        run.stage.finish(metrics=RunFigures("base", figures, n_labelled=n_labelled).as_dict())
+        log(_line(figures))
 
-    def _teacher(self, run: Run, say: Say) -> None:
-        cfg = Teacher(**run.recipe["teacher"])
+    def _teacher(self, run: Run, log: Log) -> None:
+        cfg = TeacherSettings(**run.recipe["teacher"])
         base = two_tower.load(run.base)
-        pairs = Pairs.open(run.pairs)
-        captions = pairs.table(["key", "captions"], ("train",))
+        captions = Pairs.open(run.pairs).table(["key", "captions"], ("train",))
         lists = captions["captions"].to_pylist()
         cache = load_cache(captions["key"].to_pylist(), [len(c) for c in lists], UPath(run.features))
         task = TeacherTask(cfg, base, lists, cache, seed=run.seed, device=self.device)
-        check = self._teacher_check(run, task)
+        checkpoints = Checkpoints(run.stage.path / "checkpoints")
         began = time.monotonic()
         history = fit(
-            task, epochs=cfg.epochs, batch_size=cfg.batch_size, chunk_size=cfg.batch_size, warmup=0.1 if cfg.schedule == "cosine" else 0.0, schedule=cfg.schedule,
-            clip_norm=1.0, checkpoint_s=60.0, seed=run.seed, optimizer=cfg.optimizer, comm=self.comm, checkpoints=Checkpoints(run.stage.path / "checkpoints"),
-            device=self.device, say=say, after_epoch=check,
-        )  # fmt: skip
-        if self.comm.rank == 0:
-            _save_tensors(run.stage.path / "teacher.safetensors", {k: v.detach().cpu() for k, v in task.modules.state_dict().items()})
-            gate = task.modules.gate
-            run.stage.finish(config=run.recipe["teacher"], dim=cache.image.shape[-1], history=history, seconds=round(time.monotonic() - began, 1),
-                             gate=None if gate is None else gate.item(), parameters=sum(p.numel() for p in task.modules.parameters()))  # fmt: skip
-            Checkpoints(run.stage.path / "checkpoints").clear()
+            task,
+            epochs=cfg.epochs,
+            batch_size=cfg.batch_size,
+            chunk_size=cfg.batch_size,
+            warmup=0.1 if cfg.schedule == "cosine" else 0.0,
+            schedule=cfg.schedule,
+            clip_norm=1.0,
+            checkpoint_s=60.0,
+            seed=run.seed,
+            optimizer=cfg.optimizer,
+            comm=self.comm,
+            checkpoints=checkpoints,
+            device=self.device,
+            log=log,
+            after_epoch=self._teacher_check(run, task),
+        )
+        if self.comm.rank:
+            return
+        state = {key: value.detach().cpu() for key, value in task.modules.state_dict().items()}
+        _save_tensors(run.stage.path / "teacher.safetensors", state)
+        gate = task.modules.gate
+        run.stage.finish(
+            config=run.recipe["teacher"],
+            dim=cache.image.shape[-1],
+            history=history,
+            seconds=round(time.monotonic() - began, 1),
+            gate=None if gate is None else gate.item(),
+            parameters=sum(p.numel() for p in task.modules.parameters()),
+        )
+        checkpoints.clear()
 
     def _teacher_check(self, run: Run, task: TeacherTask) -> Callable[[int], dict[str, float]]:
-        """Retrieval on val with the fused vectors: caption 1 inside, caption 0 as the query (the same one where it is to be copied)."""
-        pairs = Pairs.open(run.pairs)
-        table = pairs.table(["key", "captions"], ("val",))
+        """Retrieval on val with the fused vectors: caption 1 inside, caption 0 as the query (the same one
+        where it is to be copied)."""
+        table = Pairs.open(run.pairs).table(["key", "captions"], ("val",))
         lists = table["captions"].to_pylist()
         if not lists:
             return lambda epoch: {}
@@ -165,148 +184,239 @@ class Worker:
         same = task.cfg.caption == "same"
         inside = [c[0] if same else c[1] if len(c) > 1 else "" for c in lists]
 
+        def tensor(values: np.ndarray) -> Tensor:
+            return torch.from_numpy(values).to(self.device)
+
         @torch.no_grad()
         def check(epoch: int) -> dict[str, float]:
-            out = []
-            for s in range(0, len(lists), 256):
-                at = slice(s, s + 256)
-                image, regions = (torch.from_numpy(x.astype(np.float32)).to(self.device) for x in (cache.image[at, 0], cache.regions[at]))
-                out.append(
-                    fuse(task.modules, task.spans, image, regions, torch.from_numpy(cache.region_mask[at]).to(self.device), inside[at])
-                    .cpu()
-                    .numpy()
+            fused = []
+            for start in range(0, len(lists), 256):
+                at = slice(start, start + 256)
+                image, regions = (
+                    tensor(x.astype(np.float32)) for x in (cache.image[at, 0], cache.regions[at])
                 )
+                mask = tensor(cache.region_mask[at])
+                vectors = fuse(task.modules, task.spans, image, regions, mask, inside[at])
+                fused.append(vectors.cpu().numpy())
             target = metrics.normalise(cache.texts[cache.first[:-1]])
-            figures = metrics.retrieval(metrics.ranks(np.concatenate(out), target, np.arange(len(lists))), bootstrap=0)
-            return {"val_mean_r@1": figures["mean_r@1"]}
+            ranks = metrics.ranks(np.concatenate(fused), target, np.arange(len(lists)))
+            return {"val_mean_r@1": metrics.retrieval(ranks, bootstrap=0)["mean_r@1"]}
 
         return check
 
-    def _student(self, run: Run, say: Say) -> None:
+    def _student(self, run: Run, log: Log) -> None:
+        trained = self._train_student(run, log)
+        if self.comm.rank:
+            return
+        sweep = self._sweep(run, trained)
+        best = choose_alpha(sweep, run.min_retention)
+        as_trained = None
+        if best.alpha != 1.0:
+            as_trained, _ = self._measure(run, trained, 1.0, best.hubness, sweep, "as_trained")
+        # the chosen weights are measured last: the model then holds what is written
+        chosen, text_map = self._measure(run, trained, best.alpha, best.hubness, sweep, "chosen")
+        turned = self._turn_for_index(run, trained, text_map, log)
+        _save_tensors(run.stage.path / "weights.safetensors", trained.model.weights())
+        labelled = self._labelled(run)
+        figures = RunFigures(
+            name=trained.recipe.name,
+            chosen=chosen,
+            as_trained=as_trained or chosen,
+            seed=run.seed,
+            alpha=best.alpha,
+            hubness=best.hubness,
+            sweep=sweep,
+            history=trained.history,
+            seconds=round(trained.seconds, 1),
+            trained_parameters=trained.learning,
+            n_labelled=len(labelled.data) if labelled else 0,
+            rotation=turned,
+        )
+        run.stage.finish(metrics=figures.as_dict(), recipe=run.recipe)
+        trained.checkpoints.clear()
+        strength = f"hubness {best.hubness:g} " if trained.recipe.hubness.on else ""
+        log(f"alpha {best.alpha} {strength}{_line(chosen)}")
+
+    def _train_student(self, run: Run, log: Log) -> "Trained":
         recipe = Recipe(**run.recipe)
         model = two_tower.load(run.student)
-        same_base = run.student == run.base
         pairs = Pairs.open(run.pairs)
         pictures = Pictures(pairs, "train")
         captions = pairs.table(["captions"], ("train",))["captions"].to_pylist()
-        cache = load_cache(pictures.keys, [len(c) for c in captions], UPath(run.features), UPath(run.teacher) if run.teacher else None,
-                           need=("texts", "regions", "region_boxes", "region_trunk") if reads_regions(recipe) else ("texts",))  # fmt: skip
+        counts = [len(c) for c in captions]
+        need = ("texts", *REGION_COLUMNS) if reads_regions(recipe) else ("texts",)
+        teacher = UPath(run.teacher) if run.teacher else None
+        cache = load_cache(pictures.keys, counts, UPath(run.features), teacher, need=need)
         cache.others = tuple(
-            cache if o == "base" else load_cache(pictures.keys, [len(c) for c in captions], UPath(o), need=("texts",)) for o in run.others
+            cache if other == "base" else load_cache(pictures.keys, counts, UPath(other), need=("texts",))
+            for other in run.others
         )
         start = model.weights()
-        task = StudentTask(model, recipe, pictures, captions, cache, seed=run.seed, same_base=same_base, base=lambda: two_tower.load(run.base), device=self.device)
+        task = StudentTask(
+            model,
+            recipe,
+            pictures,
+            captions,
+            cache,
+            seed=run.seed,
+            same_base=run.student == run.base,
+            base=lambda: two_tower.load(run.base),
+            device=self.device,
+        )
         learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
         if self.comm.rank == 0:
-            say(f"{learning:,} parameters learn" + (", the image trunk is frozen and cached" if task.use_trunk else ""))
-        t, began = recipe.train, time.monotonic()
-        val = self._set(run, "val") if self.comm.rank == 0 and pairs.splits().get("val") else None
+            frozen = ", the image trunk is frozen and cached" if task.use_trunk else ""
+            log(f"{learning:,} parameters learn{frozen}")
+        val = self._eval_set(run, "val") if self.comm.rank == 0 and pairs.splits().get("val") else None
 
         def after_epoch(epoch: int) -> dict[str, float]:
-            figures = (
-                metrics.retrieval(val.ranks(model, cached_text=task.cached_text), bootstrap=0)
-                if val is not None and task.use_trunk
-                else None
-            )
-            return {"val_mean_r@1": figures["mean_r@1"]} if figures else {}
+            if val is None or not task.use_trunk:
+                return {}
+            ranks = val.ranks(model, cached_text=task.cached_text)
+            return {"val_mean_r@1": metrics.retrieval(ranks, bootstrap=0)["mean_r@1"]}
 
         checkpoints = Checkpoints(run.stage.path / "checkpoints")
+        settings, began = recipe.train, time.monotonic()
         history = fit(
-            task, epochs=t.epochs, batch_size=t.batch_size, chunk_size=t.chunk_size, warmup=t.warmup, schedule=t.schedule, clip_norm=t.clip_norm,
-            checkpoint_s=t.checkpoint_s, seed=run.seed, l2_sp=recipe.keep.l2_sp, ema=recipe.keep.ema, comm=self.comm, checkpoints=checkpoints,
-            device=self.device, say=say, after_epoch=after_epoch,
-        )  # fmt: skip
-        if self.comm.rank:
-            return
-        seconds = time.monotonic() - began
-        frozen_text = task.cached_text
+            task,
+            epochs=settings.epochs,
+            batch_size=settings.batch_size,
+            chunk_size=settings.chunk_size,
+            warmup=settings.warmup,
+            schedule=settings.schedule,
+            clip_norm=settings.clip_norm,
+            checkpoint_s=settings.checkpoint_s,
+            seed=run.seed,
+            l2_sp=recipe.keep.l2_sp,
+            ema=recipe.keep.ema,
+            comm=self.comm,
+            checkpoints=checkpoints,
+            device=self.device,
+            log=log,
+            after_epoch=after_epoch,
+        )
+        seconds, cached_text = time.monotonic() - began, task.cached_text
         model.merge_lora()
-        end = model.weights()
+        return Trained(
+            recipe, model, start, model.weights(), cached_text, history, seconds, learning, val, checkpoints
+        )
+
+    def _sweep(self, run: Run, trained: "Trained") -> list[SweepPoint]:
+        """Every alpha of WiSE-FT with every strength against hubs, on validation."""
         labelled = self._labelled(run)
-        base_accuracy = self._base_accuracy(run, model, start) if labelled else None
+        base_accuracy = self._base_accuracy(run, trained) if labelled else None
         sweep = []
+        recipe = trained.recipe
         for alpha, strength in itertools.product(recipe.keep.wise_ft, recipe.hubness.strengths):
-            text_map = self._place(run, model, interpolate_to(start, end, alpha), strength, cached_text=frozen_text)
-            point: dict[str, Any] = {"alpha": alpha, "hubness": strength}
-            if val is not None:
-                figures = metrics.retrieval(val.ranks(model, cached_text=frozen_text, text_map=text_map), bootstrap=0)
-                # R@1 alone is one picture in a hundred of noise on small splits: R@1, 5 and 10 of both directions choose together
-                point["val"] = float(np.mean([figures[w][f"r@{k}"] for w in ("t2i", "i2t") for k in metrics.KS]))
-                point["val_mean_r@1"] = figures["mean_r@1"]
-            if labelled:
-                point["zero_shot"] = labelled.accuracy(model)
-                point["retention"] = point["zero_shot"] / max(base_accuracy, 1e-9)
-            sweep.append(point)
-        best = choose_alpha(sweep, run.min_retention)
-        figures = {"name": recipe.name, "seed": run.seed, "alpha": best["alpha"], "hubness": best["hubness"], "sweep": sweep, "history": history, "seconds": round(seconds, 1),
-                   "trained_parameters": learning}  # fmt: skip
-        test = self._set(run, run.split)
-        # the chosen alpha comes last: its weights are then those that are written
-        for suffix, alpha in (("_at_1", 1.0), ("", best["alpha"]))[best["alpha"] == 1.0 :]:
-            text_map = self._place(run, model, interpolate_to(start, end, alpha), best["hubness"], cached_text=frozen_text)
-            r = test.ranks(model, cached_text=frozen_text, text_map=text_map)
-            figures["test" + suffix] = metrics.retrieval(r)
-            if labelled:
-                known = next((p["zero_shot"] for p in sweep if p["alpha"] == alpha and p["hubness"] == best["hubness"]), None)
-                figures["zero_shot" + suffix] = labelled.accuracy(model) if known is None else known
-                figures["retention" + suffix] = figures["zero_shot" + suffix] / max(base_accuracy, 1e-9)
-            _save_ranks(run.stage.path, "test" + suffix, r)
-        if best["alpha"] == 1.0:
-            figures["test_at_1"], figures["retention_at_1"] = figures["test"], figures.get("retention")
-        if recipe.index.objectives:
-            train = self._set(run, "train")
-            vectors = train.vectors(model, cached_text=frozen_text, text_map=text_map)
-            turn, figures["rotation"] = rotation.learn(*vectors, train.owner, recipe.index, seed=run.seed)
-            model.map_outputs(turn.to(self.device), turn.to(self.device))
-            say("rotated for the index, loss {loss_before:.4f} -> {loss_after:.4f}".format(**figures["rotation"]))
-        _save_tensors(run.stage.path / "weights.safetensors", model.weights())
-        run.stage.finish(metrics=figures, recipe=run.recipe)
-        checkpoints.clear()
-        say(f"alpha {best['alpha']} " + (f"hubness {best['hubness']:g} " if recipe.hubness.on else "") + _line(figures["test"], figures.get("zero_shot")))
+            text_map = self._place(run, trained, alpha, strength)
+            val = val_mean_r1 = zero_shot = retention = None
+            if trained.val is not None:
+                ranks = trained.val.ranks(trained.model, cached_text=trained.cached_text, text_map=text_map)
+                figures = metrics.retrieval(ranks, bootstrap=0)
+                # R@1 alone is one picture in a hundred of noise on small splits: R@1, 5 and 10 choose
+                # together
+                recalls = [figures[way][f"r@{k}"] for way in ("t2i", "i2t") for k in metrics.KS]
+                val, val_mean_r1 = float(np.mean(recalls)), figures["mean_r@1"]
+            if labelled and base_accuracy is not None:
+                zero_shot = labelled.accuracy(trained.model)
+                retention = zero_shot / max(base_accuracy, 1e-9)
+            sweep.append(SweepPoint(alpha, strength, val, val_mean_r1, zero_shot, retention))
+        return sweep
+
+    def _measure(
+        self, run: Run, trained: "Trained", alpha: float, strength: float, sweep: list[SweepPoint], name: str
+    ) -> tuple[Figures, np.ndarray | None]:
+        """Puts these weights into the model and measures them on the split of the table; the text side's
+        map."""
+        text_map = self._place(run, trained, alpha, strength)
+        ranks = self._eval_set(run, run.split).ranks(
+            trained.model, cached_text=trained.cached_text, text_map=text_map
+        )
+        save_ranks(run.stage.path, name, ranks)
+        zero_shot = retention = None
+        labelled = self._labelled(run)
+        if labelled:
+            swept = next((p for p in sweep if (p.alpha, p.hubness) == (alpha, strength)), None)
+            zero_shot = swept.zero_shot if swept else None
+            if zero_shot is None:
+                zero_shot = labelled.accuracy(trained.model)
+            retention = zero_shot / max(self._base_accuracy(run, trained), 1e-9)
+        return Figures(metrics.retrieval(ranks), zero_shot, retention), text_map
+
+    def _turn_for_index(
+        self, run: Run, trained: "Trained", text_map: np.ndarray | None, log: Log
+    ) -> dict[str, float] | None:
+        """Turns both towers so that short and quantised vectors lose less, where the recipe says so."""
+        cfg = trained.recipe.index
+        if not cfg.objectives:
+            return None
+        train = self._eval_set(run, "train")
+        image, text = train.vectors(trained.model, cached_text=trained.cached_text, text_map=text_map)
+        turn, figures = rotation.learn(image, text, train.owner, cfg, seed=run.seed)
+        trained.model.map_outputs(turn.to(self.device), turn.to(self.device))
+        log("rotated for the index, loss {loss_before:.4f} -> {loss_after:.4f}".format(**figures))
+        return figures
+
+    def _place(self, run: Run, trained: "Trained", alpha: float, strength: float) -> np.ndarray | None:
+        """Interpolates the weights and turns their hubs down; the text side's map, which cached text vectors
+        lack."""
+        model = trained.model
+        weights = trained.end
+        if alpha != 1.0:
+            weights = two_tower.interpolate(trained.start, trained.end, alpha)
+        model.load_weights(weights)
+        if not strength:
+            return None
+        cfg = trained.recipe.hubness
+        train = self._eval_set(run, "train", cfg.pictures)
+        vectors = train.vectors(model, cached_text=trained.cached_text)
+        image_map, text_map = hubness.maps(*vectors, cfg.share, strength)
+        model.map_outputs(image_map.to(self.device), text_map.to(self.device))
+        return text_map.float().numpy()
 
 
-def interpolate_to(start: dict, end: dict, alpha: float) -> dict:
-    return end if alpha == 1.0 else two_tower.interpolate(start, end, alpha)
+@dataclass(frozen=True)
+class Trained:
+    """A student at the end of its training, and what its figures are made of."""
+
+    recipe: Recipe
+    model: two_tower.TwoTower
+    start: dict[str, Tensor]
+    end: dict[str, Tensor]
+    cached_text: bool  # the text tower is the teacher's own and never ran
+    history: list[dict[str, float]]
+    seconds: float
+    learning: int
+    val: EvalSet | None
+    checkpoints: Checkpoints
 
 
-def choose_alpha(sweep: list[dict[str, Any]], min_retention: float) -> dict[str, Any]:
-    """The point with the best validation retrieval among those that keep `min_retention`; if none does, the one that keeps most."""
-    keeps = [p for p in sweep if p.get("retention") is None or p["retention"] >= min_retention]
+def choose_alpha(sweep: list[SweepPoint], min_retention: float) -> SweepPoint:
+    """The point with the best validation retrieval among those that keep `min_retention`; if none does, the
+    one that keeps most."""
+    keeps = [p for p in sweep if p.retention is None or p.retention >= min_retention]
     if keeps:
-        return max(keeps, key=lambda p: (p.get("val", 0.0), p["alpha"]))
-    return max(sweep, key=lambda p: p["retention"])
+        return max(keeps, key=lambda p: (p.val or 0.0, p.alpha))
+    return max(sweep, key=lambda p: p.retention or 0.0)
 
 
 def load_teacher(stage: UPath) -> RegionTeacher:
     """A trained teacher from its stage folder."""
     manifest = json.loads((stage / "manifest.json").read_text())
-    teacher = RegionTeacher(manifest["dim"], Teacher(**manifest["config"]))
+    teacher = RegionTeacher(manifest["dim"], TeacherSettings(**manifest["config"]))
     teacher.load_state_dict(safetensors.torch.load((stage / "teacher.safetensors").read_bytes()))
     return teacher.eval().requires_grad_(False)
 
 
-def load_ranks(stage: UPath, name: str) -> metrics.Ranks:
-    with np.load(io.BytesIO((stage / f"ranks-{name}.npz").read_bytes()), allow_pickle=False) as f:
-        cuts = np.cumsum(f["counts"])[:-1]
-        return metrics.Ranks(f["t2i"], np.split(f["i2t"], cuts), f["owner"])
+def _save_tensors(path: UPath, tensors: dict[str, Tensor]) -> None:
+    storage.write_bytes(path, safetensors.torch.save({k: v.contiguous() for k, v in tensors.items()}))
 
 
-def _save_ranks(folder: UPath, name: str, r: metrics.Ranks) -> None:
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, t2i=r.t2i, i2t=np.concatenate(r.i2t), counts=[len(x) for x in r.i2t], owner=r.owner)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"ranks-{name}.npz").write_bytes(buffer.getvalue())
+def _line(figures: Figures) -> str:
+    """Recall both ways, and zero-shot accuracy where it was measured."""
 
+    def recalls(way: metrics.DirectionFigures) -> str:
+        return " ".join(f"{way[f'r@{k}']:.3f}" for k in metrics.KS)
 
-def _save_tensors(path: UPath, tensors: dict[str, torch.Tensor]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(safetensors.torch.save({k: v.contiguous() for k, v in tensors.items()}))
-
-
-def _line(figures: dict[str, Any], accuracy: float | None) -> str:
-    t, i = figures["t2i"], figures["i2t"]
-    return (f"t2i R@1/5/10 {t['r@1']:.3f} {t['r@5']:.3f} {t['r@10']:.3f}  i2t {i['r@1']:.3f} {i['r@5']:.3f} {i['r@10']:.3f}"
-            + (f"  zero-shot {accuracy:.3f}" if accuracy is not None else ""))  # fmt: skip
-
-
-__all__ = ["Run", "Spans", "Worker", "choose_alpha", "load_ranks", "load_teacher"]
+    line = f"t2i R@1/5/10 {recalls(figures.test['t2i'])}  i2t {recalls(figures.test['i2t'])}"
+    return line + (f"  zero-shot {figures.zero_shot:.3f}" if figures.zero_shot is not None else "")

@@ -1,4 +1,5 @@
-"""What a teacher's run trains: cross-attention on frozen features, InfoNCE between the fused vector and frozen sentence vectors."""
+"""What a teacher's run trains: cross-attention on frozen features, InfoNCE between the fused vector and
+frozen sentence vectors."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -7,14 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dclip_qdrant.data import Cache, draw
-from dclip_qdrant.encoded import Encoded
-from dclip_qdrant.models.region_teacher import RegionTeacher
-from dclip_qdrant.models.two_tower import TwoTower
-from dclip_qdrant.objectives.info_nce import InfoNce
-from dclip_qdrant.recipe import Teacher
-from dclip_qdrant.spans import phrases
+from dclip_qdrant.recipe import TeacherSettings
+from dclip_qdrant.training.data import Cache, draw
+from dclip_qdrant.training.encoded import Encoded
 from dclip_qdrant.training.loop import Vectors
+from dclip_qdrant.training.models.region_teacher import RegionTeacher
+from dclip_qdrant.training.models.two_tower import TwoTower
+from dclip_qdrant.training.objectives.info_nce import InfoNce
+from dclip_qdrant.training.phrases import phrases
 
 
 class Spans:
@@ -35,14 +36,16 @@ class Spans:
             return vectors * mask[..., None], mask
         pieces = [phrases(c) for c in captions]
         flat = self.base.encode_text(self.base.tokens([p for ps in pieces for p in ps]).to(self.device))
-        rows = flat.split([len(p) for p in pieces])
+        rows = list(flat.split([len(p) for p in pieces]))
         vectors = nn.utils.rnn.pad_sequence(rows, batch_first=True)
-        mask = nn.utils.rnn.pad_sequence([torch.ones(len(r), dtype=torch.bool, device=flat.device) for r in rows], batch_first=True)
+        mask = nn.utils.rnn.pad_sequence(
+            [torch.ones(len(r), dtype=torch.bool, device=flat.device) for r in rows], batch_first=True
+        )
         return vectors, mask
 
 
 @dataclass
-class Batch:
+class TeacherBatch:
     image: Tensor  # [B, D]
     regions: Tensor  # [B, R, D]
     region_mask: Tensor  # [B, R]
@@ -51,58 +54,92 @@ class Batch:
 
 
 class TeacherTask:
-    """See `loop.Task`. With caption = "other", a picture's fused caption is never the one it is scored against; a picture that has but one is fused with none."""
+    """See `loop.Task`. With caption = "other", a picture's fused caption is never the one it is scored
+    against; a picture that has but one is fused with none."""
 
-    def __init__(self, cfg: Teacher, base: TwoTower, captions: list[list[str]], cache: Cache, *, seed: int, device: str = "cpu") -> None:
+    def __init__(
+        self,
+        cfg: TeacherSettings,
+        base: TwoTower,
+        captions: list[list[str]],
+        cache: Cache,
+        *,
+        seed: int,
+        device: str = "cpu",
+    ) -> None:
         self.cfg, self.captions, self.cache, self.seed, self.device = cfg, captions, cache, seed, device
         self.size = len(captions)
         torch.manual_seed(seed)
-        self.modules: nn.Module = RegionTeacher(cache.image.shape[-1], cfg).to(device)
+        self.modules = RegionTeacher(cache.image.shape[-1], cfg).to(device)
         self.objectives: nn.Module = InfoNce(student_dim=0, teacher_dim=0, temperature=cfg.temperature)
         self.spans = Spans(base.to(device), cfg.spans, device)
-        self.one = torch.ones((), device=device)
+        self.unit_scale = torch.ones((), device=device)
 
     def groups(self) -> list[dict[str, Any]]:
-        return [{"params": list(self.modules.parameters()), "lr": self.cfg.lr, "weight_decay": self.cfg.weight_decay}]
+        return [
+            {
+                "params": list(self.modules.parameters()),
+                "lr": self.cfg.lr,
+                "weight_decay": self.cfg.weight_decay,
+            }
+        ]
 
     def begin(self, epoch: int) -> None:
         """Everything learns from the first epoch to the last."""
 
-    def batch(self, index: np.ndarray, epoch: int) -> Batch:
+    def batch(self, index: np.ndarray, epoch: int) -> TeacherBatch:
         c = self.cache
         inside, target, view = [], [], []
         for i in index:
             n = len(self.captions[i])
             v, drawn = draw(self.seed, epoch, int(i), c.views, n, min(2, n))
-            a, b = (drawn[0], drawn[0]) if self.cfg.caption == "same" else (drawn[-1] if n > 1 else None, drawn[0])
+            a, b = (
+                (drawn[0], drawn[0])
+                if self.cfg.caption == "same"
+                else (drawn[-1] if n > 1 else None, drawn[0])
+            )
             inside.append("" if a is None else self.captions[i][a])
             target.append(c.first[i] + b)
             view.append(v)
         floats = (c.image[index, view], c.regions[index], c.texts[target])
-        image, regions, said = (torch.from_numpy(x.astype(np.float32)).to(self.device) for x in floats)
-        return Batch(image, regions, torch.from_numpy(c.region_mask[index]).to(self.device), inside, said)
+        image, regions, texts = (torch.from_numpy(x.astype(np.float32)).to(self.device) for x in floats)
+        return TeacherBatch(
+            image, regions, torch.from_numpy(c.region_mask[index]).to(self.device), inside, texts
+        )
 
-    def part(self, batch: Batch, start: int, stop: int) -> Batch:
+    def part(self, batch: TeacherBatch, start: int, stop: int) -> TeacherBatch:
         at = slice(start, stop)
-        return Batch(batch.image[at], batch.regions[at], batch.region_mask[at], batch.inside[at], batch.target[at])
+        return TeacherBatch(
+            batch.image[at], batch.regions[at], batch.region_mask[at], batch.inside[at], batch.target[at]
+        )
 
-    def encode(self, part: Batch) -> Vectors:
-        return {"image": fuse(self.modules, self.spans, part.image, part.regions, part.region_mask, part.inside)}
+    def encode(self, part: TeacherBatch) -> Vectors:
+        return {
+            "image": fuse(self.modules, self.spans, part.image, part.regions, part.region_mask, part.inside)
+        }
 
-    def fixed(self, batch: Batch) -> Vectors:
+    def fixed(self, batch: TeacherBatch) -> Vectors:
         return {"text": batch.target}
 
     def loss(self, live: Vectors, fixed: Vectors) -> tuple[Tensor, dict[str, float]]:
         owner = torch.arange(len(live["image"]), device=live["image"].device)
-        seen = Encoded(live["image"], fixed["text"], owner, self.one)
-        return self.objectives(seen, seen), {}
+        encoded = Encoded(live["image"], fixed["text"], owner, self.unit_scale)
+        return self.objectives(encoded, encoded), {}
 
 
-def fuse(teacher: nn.Module, spans: Spans, image: Tensor, regions: Tensor, region_mask: Tensor, captions: list[str]) -> Tensor:
-    """The teacher's vectors [B, D] with these captions inside; an empty caption is fused as no span at all."""
+def fuse(
+    teacher: RegionTeacher,
+    spans: Spans,
+    image: Tensor,
+    regions: Tensor,
+    region_mask: Tensor,
+    captions: list[str],
+) -> Tensor:
+    """The teacher's vectors [B, D] with these captions inside; an empty caption is fused as no span at
+    all."""
     if teacher.cfg.fusion == "regions_only":
         none = torch.zeros(len(image), 0, image.shape[-1], device=image.device)
         return teacher(image, regions, region_mask, none, none[..., 0].bool())
     vectors, mask = spans([c or "a" for c in captions])
-    said = torch.tensor([bool(c) for c in captions], device=image.device)
-    return teacher(image, regions, region_mask, vectors * said[:, None, None], mask & said[:, None])
+    texts = torch.tensor([bool(c) for c in captions], device=image.device)
+    return teacher(image, regions, region_mask, vectors * texts[:, None, None], mask & texts[:, None])

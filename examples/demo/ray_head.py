@@ -1,4 +1,5 @@
-"""A Ray head of one's own on loopback: own ports, own folder, own process group; it ends only what it started."""
+"""A Ray head of one's own on loopback: own ports, own folder, own process group; it ends only what it
+started."""
 
 import os
 import shutil
@@ -11,6 +12,8 @@ import time
 from pathlib import Path
 
 BIN = Path(sys.executable).parent
+START_S = 600  # a head on a busy machine takes minutes
+STOP_S = 5  # between asking and ending
 
 
 def free_ports(count: int) -> list[int]:
@@ -24,7 +27,8 @@ def free_ports(count: int) -> list[int]:
 
 
 class RayHead:
-    """`with RayHead(log, env) as head:` submit to `head.address`, or join it with RAY_ADDRESS=`head.gcs`. `env`: what the head and its workers run in."""
+    """`with RayHead(log, env) as head:` submit to `head.address`, or join it with RAY_ADDRESS=`head.gcs`.
+    `env`: what the head and its workers run in."""
 
     def __init__(self, log: Path, env: dict[str, str]) -> None:
         self.path, self.env = log, env
@@ -34,30 +38,60 @@ class RayHead:
         self.address, self.gcs = f"http://127.0.0.1:{dashboard}", f"127.0.0.1:{gcs}"
         self.folder = tempfile.mkdtemp(prefix="dclip-ray-")
         flags = {
-            "port": gcs, "dashboard-port": dashboard, "dashboard-agent-listen-port": agent, "dashboard-agent-grpc-port": grpc, "metrics-export-port": metrics,
-            "ray-client-server-port": client, "num-cpus": max(4, os.cpu_count() or 1), "object-store-memory": 1 << 30, "temp-dir": self.folder,
-            "node-ip-address": "127.0.0.1", "dashboard-host": "127.0.0.1", "include-dashboard": "true",
-        }  # fmt: skip
-        command = [str(BIN / "ray"), "start", "--head", "--block", "--disable-usage-stats", *(f"--{k}={v}" for k, v in flags.items())]
+            "port": gcs,
+            "dashboard-port": dashboard,
+            "dashboard-agent-listen-port": agent,
+            "dashboard-agent-grpc-port": grpc,
+            "metrics-export-port": metrics,
+            "ray-client-server-port": client,
+            "num-cpus": max(4, os.cpu_count() or 1),
+            "object-store-memory": 1 << 30,
+            "temp-dir": self.folder,
+            "node-ip-address": "127.0.0.1",
+            "dashboard-host": "127.0.0.1",
+            "include-dashboard": "true",
+        }
+        command = [
+            str(BIN / "ray"),
+            "start",
+            "--head",
+            "--block",
+            "--disable-usage-stats",
+            *(f"--{k}={v}" for k, v in flags.items()),
+        ]
         self.log = self.path.open("w")
-        self.process = subprocess.Popen(command, env=self.env, stdout=self.log, stderr=subprocess.STDOUT, start_new_session=True)
-        for _ in range(120):
-            probe = [str(BIN / "ray"), "job", "submit", "--no-wait", "--address", self.address, "--", "true"]
-            if self.process.poll() is not None:
-                break
-            if subprocess.run(probe, env=self.env, capture_output=True).returncode == 0:
-                return self
+        self.process = subprocess.Popen(
+            command, env=self.env, stdout=self.log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            self._wait_until_ready()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def _wait_until_ready(self) -> None:
+        probe = [str(BIN / "ray"), "job", "submit", "--no-wait", "--address", self.address, "--", "true"]
+        end = time.monotonic() + START_S
+        while time.monotonic() < end and self.process.poll() is None:
+            try:
+                if subprocess.run(probe, env=self.env, capture_output=True, timeout=120).returncode == 0:
+                    return
+            except subprocess.TimeoutExpired:
+                pass
             time.sleep(1)
-        self.__exit__()
         sys.exit(f"the Ray head did not start; see {self.path}")
 
     def __exit__(self, *_: object) -> None:
-        for how in (signal.SIGTERM, signal.SIGKILL):
+        for sent in (signal.SIGTERM, signal.SIGKILL):
             try:
-                os.killpg(self.process.pid, how)
+                os.killpg(self.process.pid, sent)
+                self.process.wait(STOP_S)
+                time.sleep(1)  # its children
             except ProcessLookupError:
                 break
-            time.sleep(3)
-        self.process.wait()
+            except subprocess.TimeoutExpired:
+                continue
+        self.process.wait(60)
         self.log.close()
         shutil.rmtree(self.folder, ignore_errors=True)

@@ -1,0 +1,268 @@
+"""Ray, as our jobs use it: connect, know how much there is, map an actor pool over pairs, and get our own
+errors back out."""
+
+import logging
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+from upath import UPath
+
+from dclip_qdrant.errors import DclipError, UsageError
+from dclip_qdrant.lookup import need
+from dclip_qdrant.pairs import Pairs
+from dclip_qdrant.tables.contracts import Contract
+from dclip_qdrant.tables.stages import done_keys
+
+logger = logging.getLogger(__name__)
+
+# What CPU workers want in their environment; benchmarks/cpu.py measures both. Read when a process starts:
+# workers of a private cluster inherit it, a cluster's own have it from `ray start`. Not a runtime_env: with
+# one of those no worker that is there already is used, and each task waits for a new one.
+# glibc gives large blocks back to the system at once and gets them anew for every layer; told to keep them,
+# the same CPU ran a MobileNet 2.8 times as fast (it is torch's own advice to use an allocator that keeps
+# them).
+KEEP_MEMORY = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": "100000000000",
+    "MALLOC_TOP_PAD_": "67108864",
+}
+# An OpenMP thread without work turns in a loop for a while before it sleeps, and keeps a core from whoever
+# has work. With this two processes of all cores each ran 2.2 times as fast (MobileNet) to 7 times (small
+# transformers, which have more to wait for); alone it costs nothing to 5%. (GNU's OpenMP, in torch's wheels.)
+SLEEP_SOON = {"GOMP_SPINCOUNT": "10000"}
+CPU_SETTINGS = KEEP_MEMORY | SLEEP_SOON
+READ_COLUMNS = ["key", "uri", "image", "width", "height", "captions", "split"]
+LOG_EVERY = 10.0  # seconds between lines of progress
+
+
+def connect(address: str | None = None) -> None:
+    """Joins the cluster at `address`, of the job that this runs in, or of RAY_ADDRESS; else starts a private
+    one on this machine, which ends with this process."""
+    need("ray", "this job")
+    import ray
+
+    if ray.is_initialized():
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+    if address or os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"):
+        ray.init(address=address, log_to_driver=True)
+        return
+    for name, value in CPU_SETTINGS.items():
+        os.environ.setdefault(name, value)
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # a private cluster on loopback
+    # the dashboard, on a port of its own: without it Ray Train's controller complains every second
+    ray.init(
+        address="local",
+        include_dashboard=True,
+        dashboard_host="127.0.0.1",
+        dashboard_port=free_port(),
+        num_cpus=max(4, os.cpu_count() or 1),
+        object_store_memory=1 << 30,
+        log_to_driver=True,
+    )
+
+
+def free_port() -> int:
+    """A port of loopback that nothing listens on now."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def cpus() -> int:
+    import ray
+
+    return int(ray.cluster_resources().get("CPU", 1))
+
+
+def gpus() -> int:
+    import ray
+
+    return int(ray.cluster_resources().get("GPU", 0))
+
+
+def pool_size(wanted: int | None, parameter: str = "actors") -> int:
+    """How many actors: what was asked for, or one for every four CPUs (the models use threads themselves), or
+    one a GPU.
+
+    Raises:
+        UsageError: more than the cluster has beside the one CPU that reading needs; Ray would wait for ever.
+    """
+    have = cpus()
+    if wanted is None:
+        return max(1, gpus() or have // 4)
+    most = max(1, have - 1)
+    if wanted > most:
+        came = f"{wanted} on a cluster of {have} CPUs"
+        raise UsageError(f"`{parameter}`", came, f"at most {most}: reading needs a CPU too")
+    return wanted
+
+
+def absolute(path: str, parameter: str) -> str:
+    """The path as every worker will find it. A job submitted with --working-dir runs in an uploaded copy: a
+    relative path would point into that.
+
+    Raises:
+        UsageError: a relative path inside such a copy.
+    """
+    if "://" in path or os.path.isabs(path):
+        return path
+    if "runtime_resources" in os.getcwd():
+        came = (
+            f"the relative path {path!r} in a submitted job (it would point into the uploaded copy of your "
+            "folder)"
+        )
+        raise UsageError(f"`{parameter}`", came, "an absolute path or a URI")
+    return os.path.abspath(path)
+
+
+def absolute_or_none(path: str | None, parameter: str) -> str | None:
+    return None if path is None else absolute(path, parameter)
+
+
+def absolute_model(name: str, parameter: str) -> str:
+    """A model's name as it is; a folder as every worker will find it. Workers have another current folder
+    than the job: `examples/base` would not be there."""
+    is_folder = name.startswith(".") or "\\" in name or os.path.isdir(name)
+    return absolute(name, parameter) if is_folder else name
+
+
+def threads_for(actors: int) -> int:
+    """Compute threads of each actor on one machine."""
+    return max(1, (os.cpu_count() or 1) // max(1, actors))
+
+
+def actor_threads(threads: int) -> ThreadPoolExecutor:
+    """Gives torch so many threads in this process; a pool of as many (two at least) for decoding."""
+    import torch
+
+    torch.set_num_threads(threads)
+    return ThreadPoolExecutor(max(2, threads))
+
+
+def log_to_stdout() -> None:
+    """In a worker: our own log lines go to its stdout, which Ray forwards to the driver."""
+    ours = logging.getLogger("dclip_qdrant")
+    if not ours.handlers:
+        ours.addHandler(logging.StreamHandler(sys.stdout))
+        ours.setLevel(logging.INFO)
+        ours.propagate = False
+
+
+def quiet_data_context() -> Any:
+    """Ray Data's context without progress bars; our own lines say how far it is."""
+    import ray
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    return context
+
+
+def map_pairs(
+    pairs: Pairs,
+    actor: type,
+    arguments: dict[str, Any],
+    *,
+    name: str,
+    out: UPath,
+    contract: Contract,
+    actors: int | None,
+    batch: int,
+    columns: list[str] | None = None,
+) -> int:
+    """Maps an actor pool over the pairs whose keys `out` doesn't have yet; how many it did.
+
+    Actors write their own parts (whole files, named by their keys), so a killed job loses at most the batches
+    in flight.
+    """
+    import pyarrow as pa
+    import ray
+
+    have = done_keys(out, contract)
+    total = sum(pairs.splits().values())
+    todo = total - len(have)
+    if todo <= 0:
+        return 0
+    if have:
+        there = f"{len(have):,} of {total:,} pictures are there already"
+        logger.info("%s: %s, %s to do", name, there, f"{todo:,}")
+    context = quiet_data_context()
+    # Ray 2.60's new reader makes one block of all files, so that the first actor waits for all of them, and
+    # its listing may end with a traceback (a race of its threads)
+    context.use_datasource_v2 = False
+    size = pool_size(actors)
+    dataset = ray.data.read_parquet([str(f) for f in pairs.files], columns=columns or READ_COLUMNS)
+    if have:
+        keys = ray.put(have)
+
+        def fresh(table: pa.Table) -> pa.Table:
+            known = ray.get(keys)
+            keep = [key not in known for key in table["key"].to_pylist()]
+            return table.filter(pa.array(keep, pa.bool_()))
+
+        dataset = dataset.map_batches(fresh, batch_format="pyarrow", zero_copy_batch=True)
+    # small blocks: all actors have work and progress shows
+    rows_a_block = max(batch, min(256, todo // (4 * size)))
+    dataset = dataset.repartition(target_num_rows_per_block=rows_a_block)
+    dataset = dataset.map_batches(
+        actor,
+        fn_constructor_kwargs={**arguments, "out": str(out), "threads": threads_for(size)},
+        batch_format="pyarrow",
+        batch_size=batch,
+        num_cpus=1,
+        num_gpus=1 if gpus() else None,
+        compute=ray.data.ActorPoolStrategy(size=size),
+    )
+    done, began = 0, time.monotonic()
+    last_line = began
+    for block in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
+        done += int(np.asarray(block["done"]).sum())
+        now = time.monotonic()
+        if now - last_line > LOG_EVERY:
+            last_line = now
+            speed = done / (now - began)
+            logger.info("%s: %s of %s pictures (%.0f/s)", name, f"{done:,}", f"{todo:,}", speed)
+    return done
+
+
+def as_one_task(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """function(*args, device=…, **kwargs) as one Ray task, on a GPU where the cluster has one; its log lines
+    come out as they are made."""
+    connect()
+    import ray
+
+    @ray.remote(num_cpus=1, num_gpus=1 if gpus() else 0, max_retries=3)
+    def task() -> Any:
+        import torch
+
+        log_to_stdout()
+        torch.set_num_threads(os.cpu_count() or 1)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        return function(*args, device=device, **kwargs)
+
+    return ray.get(task.remote())
+
+
+def own_error(error: BaseException) -> DclipError | None:
+    """The DclipError inside what Ray raised, if there is one: workers' errors come wrapped several deep."""
+    seen: set[int] = set()
+    waiting: list[BaseException | None] = [error]
+    while waiting:
+        e = waiting.pop()
+        if e is None or id(e) in seen:
+            continue
+        seen.add(id(e))
+        if isinstance(e, DclipError):
+            return e
+        waiting += [getattr(e, name, None) for name in ("cause", "__cause__", "__context__")]
+        failures = getattr(e, "worker_failures", None)
+        if isinstance(failures, dict):
+            waiting += list(failures.values())
+    return None

@@ -1,0 +1,142 @@
+"""The one job: runs whatever stage is missing, reuses the rest, and ends with a student folder and a table
+that shows what it is worth."""
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import safetensors.torch
+from upath import UPath
+
+from dclip_qdrant.errors import GateError
+from dclip_qdrant.jobs import cluster, train_runs
+from dclip_qdrant.jobs.comparison import Difference, Row, base_row, differences, markdown_table, recipe_rows
+from dclip_qdrant.jobs.experiment import Experiment, Outcome, Request
+from dclip_qdrant.jobs.export import export
+from dclip_qdrant.serving.student import Student
+from dclip_qdrant.tables import storage
+from dclip_qdrant.training.figures import RunFigures
+from dclip_qdrant.training.models import two_tower
+from dclip_qdrant.training.runs import Run
+
+logger = logging.getLogger(__name__)
+
+RUN_FILE = "run.txt"  # beside a student: the run that it was exported from
+
+
+@dataclass(frozen=True)
+class Distilled:
+    """The table's rows, the differences, and where the student is."""
+
+    rows: list[Row]
+    comparisons: list[Difference]
+    student: str
+    split: str
+    runs: dict[str, str]  # label -> stage folder
+    teacher: dict[str, Any] | None  # the manifest of its stage
+    retention: float | None  # of the exported student
+
+    def as_dict(self) -> dict[str, Any]:
+        """What table.json holds."""
+        return {
+            "rows": [row.as_dict() for row in self.rows],
+            "comparisons": [c.as_dict() for c in self.comparisons],
+            "student": self.student,
+            "split": self.split,
+            "runs": self.runs,
+            "teacher": self.teacher,
+            "retention": self.retention,
+        }
+
+    def text(self) -> str:
+        """The table and the differences, for people."""
+        lines = [markdown_table(self.rows), "", *(c.line() for c in self.comparisons)]
+        if self.retention is None:
+            lines.append("retention was not measured: no labelled pictures were given")
+        return "\n".join([*lines, f"student: {self.student}"])
+
+
+def distill(request: Request) -> Distilled:
+    """Trains, measures and exports; writes `table.json`, `table.md` and the student under `out`.
+
+    Raises:
+        UsageError: something in the request can't be meant (said before any work).
+    """
+    experiment = Experiment.open(request)
+    cluster.connect()
+    if experiment.split != "test":
+        chose_alpha = ", which also chose alpha" if experiment.split == "val" else ""
+        logger.warning("no test split: the table is measured on %s%s", experiment.split, chose_alpha)
+
+    def in_order(runs: list[Run]) -> dict[str, str]:
+        return train_runs.run_in_order(runs, workers=request.workers, storage=experiment.ray_storage())
+
+    outcome = experiment.run(in_order)
+    result = _result(experiment, outcome)
+    out = storage.as_path(request.out)
+    storage.write_json(out / "table.json", result.as_dict())
+    storage.write_text(out / "table.md", markdown_table(result.rows) + "\n")
+    return result
+
+
+def check_retention(result: Distilled, min_retention: float) -> None:
+    """Raises GateError: the student keeps less than `min_retention` of the base's zero-shot accuracy."""
+    if result.retention is not None and result.retention < min_retention:
+        do = f"the student is kept in {result.student}; lower train.lr, or add smaller alphas to keep.wise_ft"
+        raise GateError("retention", f"{result.retention:.3f}", f"at least {min_retention:.3f}", do)
+
+
+def _result(experiment: Experiment, outcome: Outcome) -> Distilled:
+    main = experiment.request.recipe
+    rows = [base_row(outcome.base)]
+    for recipe in experiment.recipes:
+        rows += recipe_rows(recipe, outcome.runs[recipe.name], both=recipe is not main)
+    chosen = outcome.runs[main.name][0]
+    student = _export(experiment, chosen, rows)
+    every_run = [run for runs in outcome.runs.values() for run in runs]
+    teacher = outcome.prepared.teacher
+    return Distilled(
+        rows=rows,
+        comparisons=differences(main, outcome.runs, list(experiment.recipes), outcome.base),
+        student=str(student),
+        split=experiment.split,
+        runs={run.label: str(run.stage.path) for run in every_run},
+        teacher=teacher.manifest() if teacher else None,
+        retention=RunFigures.of_stage(chosen.stage).chosen.retention,
+    )
+
+
+def _export(experiment: Experiment, chosen: Run, rows: list[Row]) -> UPath:
+    """The student folder, and the base beside it in the same form (for before-and-after, and for retention on
+    other pictures)."""
+    request = experiment.request
+    out = storage.as_path(request.out)
+    base_folder, student_folder = out / "base", out / "student"
+    if not (base_folder / "manifest.json").exists() or request.from_scratch:
+        export(
+            two_tower.load(experiment.reference or experiment.student_name),
+            base_folder,
+            name="base",
+            metrics={},
+            recipe={"name": "base"},
+            card="The model that the student started from, unchanged.\n",
+        )
+    mark = student_folder / RUN_FILE
+    if mark.exists() and mark.read_text() == chosen.stage.path.name and not request.from_scratch:
+        logger.info("export: reused")
+        return student_folder
+    model = two_tower.load(experiment.student_name)
+    weights = (chosen.stage.path / "weights.safetensors").read_bytes()
+    model.load_weights(safetensors.torch.load(weights))
+    base = {"folder": "../base", "fingerprint": Student.load(base_folder).fingerprint}
+    export(
+        model,
+        student_folder,
+        name=request.name or request.recipe.name,
+        metrics=RunFigures.of_stage(chosen.stage).as_dict() | {"base_student": base},
+        recipe=chosen.recipe,
+        card=f"## Figures\n\n{markdown_table(rows)}\n\n",
+    )
+    storage.write_text(mark, chosen.stage.path.name)
+    logger.info("export: %s, agrees with torch", Student.load(student_folder).model_name)
+    return student_folder

@@ -1,0 +1,357 @@
+"""One experiment: pairs, base, student, split and facts, resolved once, and the runs of recipes on them.
+
+`distill` and `compare` are the same experiment with two runners: Ray Train workers that do one run after
+another, and Ray actors that do several at a time.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+from dclip_qdrant.detectors import build
+from dclip_qdrant.errors import UsageError
+from dclip_qdrant.jobs import train_runs
+from dclip_qdrant.jobs.comparison import same_budget
+from dclip_qdrant.jobs.extract_regions import extract_regions
+from dclip_qdrant.jobs.features import FeatureRequest, extract_features
+from dclip_qdrant.jobs.teacher_cache import cache_teacher
+from dclip_qdrant.lookup import need
+from dclip_qdrant.pairs import Pairs
+from dclip_qdrant.pairs.labelled import Labelled
+from dclip_qdrant.pairs.splits import pick_split
+from dclip_qdrant.recipe import Recipe
+from dclip_qdrant.tables import storage
+from dclip_qdrant.tables.stages import Stage, digest
+from dclip_qdrant.training import hubness
+from dclip_qdrant.training.models import inherit, two_tower
+from dclip_qdrant.training.models.two_tower import TwoTower
+from dclip_qdrant.training.runs import Run
+from dclip_qdrant.training.student_task import Weighted, reads_regions
+
+logger = logging.getLogger(__name__)
+
+NEEDED = ("torch", "open_clip", "ray", "onnx", "onnxscript", "safetensors")
+WORDING = ("about", "when")  # of a recipe: another wording is not another run
+
+Runner = Callable[[list[Run]], dict[str, str]]  # does runs; why each that failed did, by label
+
+
+@dataclass(frozen=True)
+class Request:
+    """What was asked for. Paths are absolute or URIs (`cluster.absolute`)."""
+
+    pairs: str
+    base: str
+    out: str
+    recipe: Recipe
+    compare: tuple[Recipe, ...] = ()
+    seeds: tuple[int, ...] = (0,)
+    workers: int = 1
+    actors: int | None = None
+    labelled: str | None = None
+    min_retention: float = 1.0
+    name: str | None = None
+    from_scratch: bool = False
+
+    @property
+    def stages(self) -> str:
+        """Where stage folders go; the student and the table stand beside them."""
+        return str(storage.as_path(self.out) / "stages")
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What names a student's run besides its recipe: hashes of the pairs, the starting model and the labelled
+    pictures, and the split of the table."""
+
+    pairs: str
+    student: str
+    labelled: str | None
+    split: str
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The stages that students of one recipe train from."""
+
+    features: Stage
+    teacher_cache: Stage | None = None
+    teacher: Stage | None = None
+    others: tuple[str, ...] = ()
+
+
+@dataclass
+class Outcome:
+    """The runs of an experiment, by recipe, and what failed."""
+
+    base: Run
+    runs: dict[str, list[Run]]
+    prepared: Prepared
+    failures: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A request with everything that it names, opened and checked."""
+
+    request: Request
+    pairs: Pairs
+    base: TwoTower
+    labelled: str | None  # fingerprint of the labelled pictures
+    split: str  # of the table
+    recipes: tuple[Recipe, ...]  # the rivals at the main recipe's budget, then the main one
+
+    @classmethod
+    def open(cls, request: Request) -> "Experiment":
+        """Everything that can be wrong is said here, before the first minute of work; nothing is written.
+
+        Raises:
+            UsageError: a path, a base or a recipe that can't be meant. MissingExtra.
+        """
+        for package in NEEDED:
+            need(package, "distill")
+        pairs = Pairs.open(request.pairs)
+        have = pairs.splits()
+        if not have.get("train"):
+            do = "dclip-qdrant pairs SOURCE -o DIR splits by itself"
+            raise UsageError("`pairs`", f"no train split ({', '.join(have)})", "pictures to train on", do)
+        if len(set(request.seeds)) != len(request.seeds):
+            raise UsageError("`seeds`", ",".join(map(str, request.seeds)), "different numbers")
+        rivals = tuple(same_budget(r, request.recipe) for r in request.compare)
+        recipes = (*rivals, request.recipe)
+        names = [r.name for r in recipes]
+        twice = next((n for n in names if names.count(n) > 1), None)
+        if twice:
+            raise UsageError("`compare`", f"two recipes named {twice!r}", "different names")
+        labelled = Labelled.open(request.labelled).fingerprint if request.labelled else None
+        base = two_tower.load(request.base)
+        experiment = cls(request, pairs, base, labelled, pick_split(pairs, None), recipes)
+        experiment._check_recipes()
+        if not have.get("val") and len(request.recipe.keep.wise_ft) > 1:
+            logger.warning(
+                "no val split: WiSE-FT's alpha can't be chosen by retrieval, the largest that keeps the "
+                "retention is taken"
+            )
+        return experiment
+
+    def _check_recipes(self) -> None:
+        # a cut of the base has its width and its projections: nothing has to be cut to check them
+        is_other = self.request.recipe.student.model is not None
+        student = self.student if is_other else self.base
+        for recipe in self.recipes:
+            Weighted(recipe.objectives, student.dim, self.base.dim)
+            Weighted(recipe.index.objectives, student.dim, student.dim)
+            if recipe.hubness.on or recipe.index.objectives:
+                student.output_projections()
+            if recipe.hubness.on:
+                hubness.room(student.dim, recipe.hubness.share)
+            if wants_regions(recipe):
+                build(recipe.regions.detector, recipe.regions.options)
+
+    @property
+    def student_name(self) -> str:
+        """The model that students start from, as workers load it: the base, another one, or a cut of the
+        base."""
+        cut = self.request.recipe.student.inherit
+        if cut:
+            mark = digest({"base": self.request.base, **cut.model_dump()})
+            return str(storage.as_path(self.request.stages) / f"inherit-{mark}")
+        return self.request.recipe.student.model or self.request.base
+
+    @cached_property
+    def student(self) -> TwoTower:
+        """The model that students start from. A cut of the base is written under the stages, once."""
+        cut = self.request.recipe.student.inherit
+        if cut:
+            inherit.write(
+                self.base, self.student_name, image_layers=cut.image_layers, text_layers=cut.text_layers
+            )
+        return self.base if self.student_name == self.request.base else two_tower.load(self.student_name)
+
+    @property
+    def reference(self) -> str | None:
+        """What retention is measured against, where it isn't the student as it starts: a cut of the base by
+        itself knows nothing."""
+        return self.request.base if self.request.recipe.student.inherit else None
+
+    @property
+    def facts(self) -> Facts:
+        return Facts(self.pairs.fingerprint, self.student.fingerprint, self.labelled, self.split)
+
+    # --- stages
+
+    def regions(self) -> Stage:
+        return extract_regions(
+            self.request.stages,
+            self.pairs,
+            self.request.recipe,
+            actors=self.request.actors,
+            from_scratch=self.request.from_scratch,
+        )
+
+    def prepare(self, recipe: Recipe) -> Prepared:
+        """Regions, features, teacher and teacher cache of one recipe; whatever is there is reused."""
+        request, seed = self.request, self.request.seeds[0]
+        boxes = self.regions() if wants_regions(recipe) else None
+        features = extract_features(
+            FeatureRequest(
+                root=request.stages,
+                pairs=self.pairs,
+                recipe=recipe,
+                base=request.base,
+                base_fingerprint=self.base.fingerprint,
+                student=self.student_name if self.trunk_rests else None,
+                student_fingerprint=self.student.fingerprint,
+                regions=boxes,
+                seed=seed,
+            ),
+            actors=request.actors,
+            from_scratch=request.from_scratch,
+        )
+        others = tuple(self._other_teacher(recipe, model) for model in recipe.ensemble.models)
+        if recipe.teacher is None:
+            return Prepared(features, others=others)
+        settings = recipe.teacher.model_dump(mode="json")
+        run = Run(
+            kind="teacher",
+            root=request.stages,
+            inputs={"features": features.path.name, "teacher": settings, "seed": seed},
+            recipe=recipe.as_dict(),
+            seed=seed,
+            base=request.base,
+            student=self.student_name,
+            pairs=request.pairs,
+            features=str(features.path),
+        )
+        cache = Stage(request.stages, "teacher-cache", {"teacher": run.stage.path.name})
+        if request.from_scratch:
+            run.stage.clear()
+            cache.clear()
+        train_runs.run_in_order([run], workers=request.workers, storage=self.ray_storage())
+        cache_teacher(cache, features, base=request.base, teacher=run.stage.path, actors=request.actors)
+        return Prepared(features, cache, run.stage, others)
+
+    def prepare_beside(self, recipe: Recipe, main: Prepared) -> Prepared:
+        """What a rival trains from: the main recipe's features serve it too, where it asks for no teacher or
+        views of its own."""
+        main_recipe = self.request.recipe
+        same_views = recipe.train.views == main_recipe.train.views
+        regions_there = wants_regions(main_recipe) or not wants_regions(recipe)
+        if recipe.teacher is None and not recipe.ensemble.models and same_views and regions_there:
+            return Prepared(main.features)
+        return self.prepare(recipe)
+
+    @cached_property
+    def trunk_rests(self) -> bool:
+        """Whether nothing below the student's projection learns: then its trunk's features are cached. The
+        same for every recipe, since rivals get the main one's trainable set."""
+        settings = self.request.recipe.student
+        student = two_tower.load(self.student_name)
+        student.choose(
+            "image",
+            settings.train,
+            last_n=settings.last_n,
+            rank=settings.lora_rank,
+            alpha=settings.lora_alpha,
+        )
+        return student.trunk_frozen
+
+    def _other_teacher(self, recipe: Recipe, model: str) -> str:
+        """Where a further teacher's features of the same views are; made if they are missing."""
+        if model == "base":
+            return model
+        logger.info("further teacher %s", model)
+        stage = extract_features(
+            FeatureRequest(
+                root=self.request.stages,
+                pairs=self.pairs,
+                recipe=Recipe.model_validate(recipe.as_dict() | {"teacher": None}),
+                base=model,
+                base_fingerprint=two_tower.load(model).fingerprint,
+                seed=self.request.seeds[0],
+            ),
+            actors=self.request.actors,
+            from_scratch=self.request.from_scratch,
+        )
+        return str(stage.path)
+
+    def ray_storage(self) -> str:
+        path = storage.as_path(self.request.stages) / "ray"
+        path.mkdir(parents=True, exist_ok=True)
+        return str(path)
+
+    # --- runs
+
+    def student_run(self, recipe: Recipe, seed: int, prepared: Prepared) -> Run:
+        """The `Run` of one recipe and seed."""
+        settings = {k: v for k, v in recipe.as_dict().items() if k not in WORDING}
+        if not recipe.hubness.on:
+            del settings["hubness"]  # off is what there was before there was such a part
+        cache = prepared.teacher_cache
+        inputs: dict[str, Any] = asdict(self.facts) | {
+            "recipe": settings,
+            "seed": seed,
+            "features": prepared.features.path.name,
+            "cache": cache.path.name if cache else None,
+            "min_retention": self.request.min_retention,
+        }
+        if prepared.others:
+            inputs["others"] = [storage.as_path(other).name for other in prepared.others]
+        return Run(
+            kind="student",
+            root=self.request.stages,
+            inputs=inputs,
+            recipe=recipe.as_dict(),
+            seed=seed,
+            base=self.request.base,
+            student=self.student_name,
+            pairs=self.request.pairs,
+            features=str(prepared.features.path),
+            teacher=str(cache.path) if cache else None,
+            others=prepared.others,
+            reference=self.reference,
+            labelled=self.request.labelled,
+            min_retention=self.request.min_retention,
+            split=self.split,
+        )
+
+    def run(self, runner: Runner, *, tolerate: Callable[[Recipe, Exception], str] | None = None) -> Outcome:
+        """Prepares every recipe and does what is missing of the base's run and every recipe's, seed by seed.
+
+        `tolerate` says why a rival failed before training, which is then left out; without it the error
+        passes.
+        """
+        main_recipe = self.request.recipe
+        main = self.prepare(main_recipe)
+        failures: dict[str, str] = {}
+        runs: dict[str, list[Run]] = {}
+        for recipe in self.recipes:
+            try:
+                prepared = main if recipe is main_recipe else self.prepare_beside(recipe, main)
+            except Exception as e:
+                if tolerate is None:
+                    raise
+                failures[recipe.name] = tolerate(recipe, e)
+                continue
+            runs[recipe.name] = [self.student_run(recipe, seed, prepared) for seed in self.request.seeds]
+        base = base_run(runs[main_recipe.name][0])
+        every = [base, *(run for of_recipe in runs.values() for run in of_recipe)]
+        if self.request.from_scratch:
+            for run in every:
+                run.stage.clear()
+        failures |= runner(every)
+        return Outcome(base, runs, main, failures)
+
+
+def wants_regions(recipe: Recipe) -> bool:
+    """Whether a teacher or an objective asks for boxes."""
+    return recipe.teacher is not None or reads_regions(recipe)
+
+
+def base_run(student: Run) -> Run:
+    """The `Run` that measures what a student's run is held against: the model that it starts from, or the one
+    that it was cut from."""
+    inputs = {k: student.inputs[k] for k in ("pairs", "student", "labelled", "split", "features")}
+    return replace(student, kind="base", inputs=inputs, teacher=None, others=())

@@ -1,0 +1,80 @@
+"""Runs on Ray Train workers, one after another. Ray restarts killed workers; each run finds its own newest
+checkpoint, as it does when the whole job is submitted again."""
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from dclip_qdrant.errors import UsageError
+from dclip_qdrant.jobs.cluster import cpus, gpus
+from dclip_qdrant.training.runs import Run, Worker
+
+logger = logging.getLogger(__name__)
+
+
+def _work(config: dict[str, Any]) -> None:
+    """One worker: every run in order."""
+    import ray.train
+    import torch
+
+    from dclip_qdrant.training.distributed import Comm
+
+    comm = Comm.current()
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // comm.world))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+
+    def log(line: str) -> None:
+        if comm.rank == 0:
+            sys.stdout.write(line + "\n")  # not print: Ray Train patches that to say everything twice
+            sys.stdout.flush()
+
+    worker = Worker(comm, device, log)
+    for raw in config["runs"]:
+        run = Run(**raw)
+        worker.do(run)
+        ray.train.report({"label": run.label})
+
+
+def not_done(runs: Sequence[Run]) -> list[Run]:
+    """The runs that are still to do; those that are done are named."""
+    waiting = [run for run in runs if not run.stage.done]
+    for run in runs:
+        if run not in waiting:
+            logger.info("%s: reused %s", run.label, run.stage.path.name)
+    return waiting
+
+
+def run_in_order(runs: Sequence[Run], *, workers: int, storage: str) -> dict[str, str]:
+    """Does the runs that are not done, on `workers` workers (with a GPU each where the cluster has them).
+
+    A run that fails ends the job: nothing is ever left out, so that the answer is always empty.
+
+    Raises:
+        UsageError: more workers than the cluster can hold; Ray would wait for ever.
+    """
+    waiting = not_done(runs)
+    if not waiting:
+        return {}
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    use_gpu = gpus() > 0
+    most, unit = (gpus(), "GPUs") if use_gpu else (cpus(), "CPUs")
+    if workers > most:
+        raise UsageError("`workers`", f"{workers} on a cluster of {most} {unit}", f"at most {most}")
+    resources = {"CPU": 1.0} | ({"GPU": 1.0} if use_gpu else {})
+    trainer = TorchTrainer(
+        _work,
+        train_loop_config={"runs": [run.as_dict() for run in waiting]},
+        scaling_config=ScalingConfig(num_workers=workers, use_gpu=use_gpu, resources_per_worker=resources),
+        run_config=RunConfig(
+            name=f"runs-{int(time.time())}",
+            storage_path=storage,
+            failure_config=FailureConfig(max_failures=3),
+        ),
+    )
+    trainer.fit()
+    return {}

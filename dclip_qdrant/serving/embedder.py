@@ -1,0 +1,136 @@
+"""Items -> points: decode, find regions, embed. The same for the command line, Ray, reindexing and guests."""
+
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Literal
+
+import numpy as np
+from PIL import Image
+
+from dclip_qdrant.detectors import Detector
+from dclip_qdrant.errors import ImageError
+from dclip_qdrant.pictures import images
+from dclip_qdrant.pictures.regions import CONTEXT, Regions
+from dclip_qdrant.serving.items import Item, Payload
+from dclip_qdrant.serving.stores import Point
+from dclip_qdrant.serving.student import TOP_K, Student
+
+Layout = Literal["flat", "langchain"]
+
+
+class Embedder:
+    """What happens to a batch of pictures between a source and a collection.
+
+    `detector` finds regions, or `regions` has them already, by the picture's key; `top_k` of them are kept.
+    """
+
+    def __init__(
+        self,
+        student: Student,
+        *,
+        detector: Detector | None = None,
+        regions: dict[str, Regions] | None = None,
+        top_k: int = TOP_K,
+        context: float = CONTEXT,
+        threads: int | None = None,
+        layout: Layout = "flat",
+    ) -> None:
+        self.student = student
+        self.detector = detector
+        self.regions = regions
+        self.top_k = top_k
+        self.context = context
+        self.layout = layout
+        self.pool = ThreadPoolExecutor(threads or max(2, os.cpu_count() or 2))
+
+    @property
+    def regions_from(self) -> str | None:
+        """Names where regions come from: a picture whose point says something else is embedded again."""
+        if self.detector is not None:
+            return f"{self.detector.fingerprint}/{self.top_k}/{self.context}"
+        return f"file/{self.top_k}/{self.context}" if self.regions is not None else None
+
+    def read(self, items: Sequence[Item]) -> list[Item]:
+        """Fills in bytes and hashes, on threads; items that can't be read get their `error`."""
+        return list(self.pool.map(_read, items))
+
+    def embed(self, items: Sequence[Item]) -> list[Point]:
+        """Decodes, finds regions, embeds. Items that fail get their `error` and no point."""
+        decoded = [
+            (item, image)
+            for item, image in zip(items, self.pool.map(_decode, items), strict=True)
+            if image is not None
+        ]
+        if self.detector is not None and decoded:
+            every_region = self.detector([image for _, image in decoded])
+            for (item, _), regions in zip(decoded, every_region, strict=True):
+                item.regions = regions.top(self.top_k)
+        elif self.regions is not None:
+            for item, _ in decoded:
+                item.regions = self.regions.get(item.picture.key, Regions()).top(self.top_k)
+        points = []
+        for (item, _), vectors in zip(decoded, self._vectors(decoded), strict=True):
+            points.append(Point(item.id, vectors[0], vectors, self._payload(item)))
+        return points
+
+    def _vectors(self, decoded: list[tuple[Item, Image.Image]]) -> list[np.ndarray]:
+        """[1 + R, D] a picture: itself, then its `item.regions`."""
+        if not decoded:
+            return []
+        counts: list[int] = []
+
+        def region_pixels(pair: tuple[Item, Image.Image]) -> list[np.ndarray]:
+            item, image = pair
+            return self.student.region_pixels(image, item.regions, context=self.context)
+
+        def stream() -> Iterator[np.ndarray]:
+            for pixels in self.pool.map(region_pixels, decoded):
+                counts.append(len(pixels))
+                yield from pixels
+
+        vectors = self.student.embed_pixels(stream())
+        return np.split(vectors, np.cumsum(counts)[:-1])
+
+    def _payload(self, item: Item) -> Payload:
+        if item.carried is not None:
+            return item.carried | {"student": self.student.model_name}
+        own: Payload = {
+            "key": item.key,
+            "uri": item.picture.uri,
+            "content_hash": item.content_hash,
+            "caption": item.caption,
+            "width": item.size[0],
+            "height": item.size[1],
+            **item.regions.row(),
+            "detector": self.regions_from,
+            "student": self.student.model_name,
+        }
+        if item.picture.split:
+            own["split"] = item.picture.split
+        extra = item.picture.extra
+        if self.layout == "langchain":  # what its QdrantVectorStore reads, beside what our own search reads
+            metadata = {name: own[name] for name in ("key", "uri", "labels", "width", "height")}
+            own |= {"page_content": item.caption, "metadata": metadata | extra}
+        return {(f"source_{name}" if name in own else name): value for name, value in extra.items()} | own
+
+
+def _read(item: Item) -> Item:
+    if item.pending:
+        try:
+            picture = item.picture
+            item.data = picture.image if picture.image is not None else images.read(picture.uri)
+            item.content_hash = images.content_hash(item.data)
+        except ImageError as e:
+            item.error = e
+    return item
+
+
+def _decode(item: Item) -> Image.Image | None:
+    try:
+        image = images.open_rgb(item.data, item.picture.uri)
+    except ImageError as e:
+        item.error = e
+        return None
+    item.size, item.data = image.size, b""
+    return image

@@ -1,0 +1,254 @@
+"""Pictures -> collection: the one loop that reads, judges, embeds and writes, whatever calls it.
+
+    source -> judge -> embed -> sink
+
+A source gives items; a judge marks those that are there already or have no place there; the embedder makes
+points of the rest; a sink (a store, or a guest in somebody's collection) takes them. Point ids follow from
+keys, so that ingesting twice updates. What is there already with the same content, text and regions is
+skipped without being decoded; a killed run therefore goes on where it was.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+from typing import Protocol
+
+from dclip_qdrant.detectors import Detector, as_detector
+from dclip_qdrant.errors import DclipError, InputError, PointError
+from dclip_qdrant.pairs.readers import SourcePicture, read_any
+from dclip_qdrant.pairs.region_files import load_regions
+from dclip_qdrant.pictures.regions import Regions
+from dclip_qdrant.serving.collection import META, CollectionSpec, check_student, metadata_of
+from dclip_qdrant.serving.embedder import Embedder, Layout
+from dclip_qdrant.serving.items import Item, Payload, RejectsFile, Report
+from dclip_qdrant.serving.stores import Point, Store
+from dclip_qdrant.serving.student import TOP_K, Student, as_student
+
+WINDOW = 128  # pictures in flight: bounds memory
+WRITTEN_TOGETHER = 64  # points a request
+# what decides whether a picture is there already
+CHECKED = ["content_hash", "caption", "detector", "uri", "key"]
+
+Progress = Callable[[Report], None]
+Refuse = Callable[[Item], DclipError | None]
+Judge = Callable[
+    [Sequence[Item], dict[str, Payload]], None
+]  # marks items, given what is stored under their ids
+
+
+class Sink(Protocol):
+    """Where points go; a `Store` is one."""
+
+    def payloads(self, ids: list[str], keys: list[str] | None) -> dict[str, Payload]: ...
+
+    def upsert(self, points: list[Point]) -> None: ...
+
+    def finish(self) -> None: ...
+
+
+class Keys(Protocol):
+    """Who came first with a key."""
+
+    def claim(self, keys: Sequence[str], places: Sequence[str]) -> list[bool]:
+        """Whether each key is free, or was claimed from this very place in the source before."""
+        ...
+
+
+class LocalKeys:
+    """The keys of one process."""
+
+    def __init__(self) -> None:
+        self._place_of: dict[str, str] = {}
+
+    def claim(self, keys: Sequence[str], places: Sequence[str]) -> list[bool]:
+        return [
+            self._place_of.setdefault(key, place) == place for key, place in zip(keys, places, strict=True)
+        ]
+
+
+class PictureJudge:
+    """Which pictures of a source are new, which are there already, and which have no place in the
+    collection."""
+
+    def __init__(
+        self, regions_from: str | None, *, replace: bool, keys: Keys, refuse: Refuse | None = None
+    ) -> None:
+        self.regions_from = regions_from
+        self.replace = replace
+        self.keys = keys
+        self.refuse = refuse
+
+    def __call__(self, items: Sequence[Item], stored: dict[str, Payload]) -> None:
+        free = self.keys.claim([i.key for i in items], [i.picture.place for i in items])
+        for item, is_free in zip(items, free, strict=True):
+            if item.error is None and not is_free:
+                came = f"a second picture named {item.key!r} in this source"
+                item.error = InputError(item.picture.uri, came, "unique names")
+            if item.error is None and self.refuse is not None:
+                item.error = self.refuse(item)
+            if item.error is None and item.id in stored:
+                self._compare(item, stored[item.id])
+
+    def _compare(self, item: Item, there: Payload) -> None:
+        """Marks the item as unchanged, or as a different picture of another place under the same key."""
+        other_content = there["content_hash"] != item.content_hash
+        if other_content and there["uri"] != item.picture.uri and not self.replace:
+            came = f"the key {item.key!r} is taken by another picture ({there['uri']})"
+            do = "`prefix` NAME/ keeps sources apart, `replace` takes the new one"
+            item.error = InputError(item.picture.uri, came, "one key, one picture", do)
+            return
+        was = (there["content_hash"], there["caption"] or "", there["detector"])
+        item.unchanged = was == (item.content_hash, item.caption, self.regions_from)
+
+
+def judge_and_embed(items: Sequence[Item], judge: Judge, embedder: Embedder, sink: Sink) -> list[Point]:
+    """One window of the loop without its last step; items that were read -> the points to write."""
+    ids = [i.id for i in items if i.error is None]
+    judge(items, sink.payloads(ids, CHECKED))
+    return embedder.embed([i for i in items if i.pending])
+
+
+def write_points(sink: Sink, points: list[Point]) -> list[dict[str, str]]:
+    """Writes the points; when the engine refuses some, finds them by halving. The rows of those refused."""
+    if not points:
+        return []
+    try:
+        for start in range(0, len(points), WRITTEN_TOGETHER):
+            sink.upsert(points[start : start + WRITTEN_TOGETHER])
+        return []
+    except PointError as e:
+        if len(points) == 1:
+            payload = points[0].payload
+            key, uri = payload.get("key") or points[0].id, payload.get("uri") or ""
+            return [{"key": str(key), "path": str(uri), "reason": str(e)}]
+        half = len(points) // 2
+        return write_points(sink, points[:half]) + write_points(sink, points[half:])
+
+
+def run(
+    items: Iterator[Item],
+    judge: Judge,
+    embedder: Embedder,
+    sink: Sink,
+    *,
+    rejects: str | None = None,
+    progress: Progress = lambda report: None,
+) -> Report:
+    """The loop. Rejected pictures go to the file `rejects` with path and reason.
+
+    Raises:
+        StoreError: the engine is away.
+    """
+    report = Report()
+
+    def next_window() -> list[Item]:
+        return embedder.read(list(islice(items, WINDOW)))
+
+    with RejectsFile(rejects) as rejects_file, ThreadPoolExecutor(1) as ahead:
+        coming = ahead.submit(next_window)
+        while window := coming.result():
+            coming = ahead.submit(next_window)  # the next window is read while this one is embedded
+            points = judge_and_embed(window, judge, embedder, sink)
+            refused = write_points(sink, points)
+            rejected = refused + [i.reject_row() for i in window if i.error is not None]
+            rejects_file.write(rejected)
+            report.seen += len(window)
+            report.unchanged += sum(i.unchanged for i in window)
+            report.embedded += len(points) - len(refused)
+            report.add_rejects(rejected)
+            progress(report)
+    if report.embedded:
+        sink.finish()
+    return report
+
+
+def source_items(
+    source: str,
+    *,
+    images_root: str | None = None,
+    prefix: str = "",
+    splits: Sequence[str] = (),
+    captions: int | None = None,
+    limit: int | None = None,
+) -> Iterator[Item]:
+    """The pictures of a folder, CSV, JSONL, tar or Parquet, on their way, each with its first `captions`.
+
+    Raises:
+        UsageError: nothing to read.
+    """
+    _, pictures = read_any(source, images_root=images_root, captions=False)
+    wanted: Iterator[SourcePicture] = (p for p in pictures if not splits or p.split in splits)
+    return (Item.of(picture, prefix, captions) for picture in islice(wanted, limit))
+
+
+def prepare_collection(store: Store, student: Student, spec: CollectionSpec, *, with_regions: bool) -> None:
+    """Creates the collection, or makes sure that this student filled it; notes whether it gets regions.
+    Raises MismatchError."""
+    if not store.exists():
+        store.create(spec, student.dim, metadata_of(student, regions=with_regions))
+        return
+    metadata = store.metadata()
+    check_student(metadata, student, store.name)
+    if with_regions and not metadata[META].get("regions"):
+        store.set_metadata(metadata | {META: metadata[META] | {"regions": True}})
+
+
+def ingest(
+    source: str | Path,
+    student: Student | str | Path,
+    store: Store,
+    *,
+    detector: Detector | str | None = None,
+    regions: dict[str, Regions] | str | Path | None = None,
+    top_k: int = TOP_K,
+    spec: CollectionSpec | str | None = None,
+    images_root: str | None = None,
+    prefix: str = "",
+    splits: Sequence[str] = (),
+    captions: int | None = None,
+    replace: bool = False,
+    rejects: str | None = None,
+    limit: int | None = None,
+    threads: int | None = None,
+    layout: Layout = "flat",
+    progress: Progress = lambda report: None,
+) -> Report:
+    """Creates the collection where there is none and fills it.
+
+    Args:
+        source: A folder, CSV, JSONL, tar or Parquet of pictures, or pairs.
+        detector: What finds regions: an instance, or a name in `detectors/`; or `regions` that were found
+            before.
+        prefix: Put before every key, to keep sources apart.
+        splits: Only these, of a source that has splits.
+        captions: How many of each picture's captions are indexed, the first ones; None: all. With 1, the
+            others stay for `tune`: a caption that is indexed word for word can't be a test of search.
+        replace: A key that another picture has is taken over.
+        rejects: A file for the pictures that were rejected, with path and reason.
+
+    Raises:
+        MismatchError: another student filled the collection. UsageError: nothing to read.
+        StoreError: the engine is away.
+    """
+    loaded = as_student(student)
+    wish = spec if isinstance(spec, CollectionSpec) else CollectionSpec.load(spec or "default")
+    embedder = Embedder(
+        loaded,
+        detector=as_detector(detector),
+        regions=load_regions(regions) if isinstance(regions, str | Path) else regions,
+        top_k=top_k,
+        threads=threads,
+        layout=layout,
+    )
+    items = source_items(
+        str(source),
+        images_root=images_root,
+        prefix=prefix,
+        splits=splits,
+        captions=captions,
+        limit=limit,
+    )
+    prepare_collection(store, loaded, wish, with_regions=embedder.regions_from is not None)
+    judge = PictureJudge(embedder.regions_from, replace=replace, keys=LocalKeys())
+    return run(items, judge, embedder, store, rejects=rejects, progress=progress)

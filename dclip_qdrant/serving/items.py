@@ -1,0 +1,116 @@
+"""Pictures on their way into a collection, and the account of what became of them."""
+
+import json
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from types import TracebackType
+from typing import Any, TextIO
+
+from dclip_qdrant.errors import DclipError
+from dclip_qdrant.pairs.readers import SourcePicture
+from dclip_qdrant.pictures.regions import Regions
+from dclip_qdrant.tables import storage
+
+NAMESPACE = uuid.uuid5(uuid.NAMESPACE_URL, "https://github.com/dclip-qdrant")
+REASONS_KEPT = 5  # of a report: the first few, for people
+
+Payload = dict[str, Any]
+
+
+def point_id(key: str) -> str:
+    """The point of a picture, the same in every run and on every machine."""
+    return str(uuid.uuid5(NAMESPACE, key))
+
+
+@dataclass
+class Item:
+    """One picture on its way: what the source said, its bytes, and what became of it.
+
+    `carried`: the payload of an older point, which goes on whole; else the payload is made anew.
+    """
+
+    picture: SourcePicture
+    key: str
+    id: str
+    carried: Payload | None = None
+    data: bytes = b""
+    content_hash: str = ""
+    size: tuple[int, int] = (0, 0)
+    regions: Regions = field(default_factory=Regions)
+    unchanged: bool = False
+    error: DclipError | None = None
+
+    @classmethod
+    def of(cls, picture: SourcePicture, prefix: str = "", captions: int | None = None) -> "Item":
+        """A picture with its first `captions`, or all of them."""
+        key = prefix + picture.key
+        return cls(replace(picture, captions=picture.captions[:captions]), key, point_id(key))
+
+    @property
+    def pending(self) -> bool:
+        """Whether there is still something to do with it."""
+        return self.error is None and not self.unchanged
+
+    @property
+    def caption(self) -> str:
+        return "\n".join(self.picture.captions)
+
+    def reject_row(self) -> dict[str, str]:
+        return {"key": self.key, "path": self.picture.uri, "reason": str(self.error)}
+
+
+@dataclass
+class Report:
+    """What an ingestion did."""
+
+    seen: int = 0
+    embedded: int = 0
+    unchanged: int = 0
+    rejected: int = 0
+    reasons: list[str] = field(default_factory=list)  # the first few
+
+    def row(self) -> dict[str, int]:
+        return {
+            "seen": self.seen,
+            "embedded": self.embedded,
+            "unchanged": self.unchanged,
+            "rejected": self.rejected,
+        }
+
+    def line(self) -> str:
+        text = f"{self.seen:,} pictures: {self.embedded:,} embedded, {self.unchanged:,} there already"
+        return text + (f", {self.rejected:,} rejected" if self.rejected else "")
+
+    def add_rejects(self, rows: Sequence[dict[str, str]]) -> None:
+        self.rejected += len(rows)
+        self.reasons += [row["reason"] for row in rows[: REASONS_KEPT - len(self.reasons)]]
+
+
+class RejectsFile:
+    """A JSON line for each picture that didn't make it; the file appears with the first one."""
+
+    def __init__(self, path: str | None) -> None:
+        self.path = path
+        self._file: TextIO | None = None
+
+    def __enter__(self) -> "RejectsFile":
+        if self.path and storage.as_path(self.path).exists():
+            storage.as_path(self.path).unlink()  # of an earlier run: what is still wrong will be said again
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def write(self, rows: Sequence[dict[str, str]]) -> None:
+        if not self.path or not rows:
+            return
+        if self._file is None:
+            path = storage.as_path(self.path)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = path.open("w")
+        self._file.writelines(json.dumps(row) + "\n" for row in rows)
+        self._file.flush()

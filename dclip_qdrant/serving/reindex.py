@@ -1,0 +1,141 @@
+"""A new collection from an old one's payload and pictures, embedded by another student; the old one keeps
+serving."""
+
+import datetime
+from collections.abc import Iterator, Sequence
+from itertools import islice
+
+from dclip_qdrant.errors import ImageError, InputError, UsageError
+from dclip_qdrant.pairs.readers import SourcePicture, read_any
+from dclip_qdrant.pictures.regions import CONTEXT, Regions
+from dclip_qdrant.serving.collection import META, CollectionSpec, check_student, metadata_of
+from dclip_qdrant.serving.embedder import Embedder
+from dclip_qdrant.serving.ingest import WINDOW, Progress, run
+from dclip_qdrant.serving.items import Item, Payload, Report, point_id
+from dclip_qdrant.serving.stores import Place, Store
+from dclip_qdrant.serving.student import Student
+
+VERSION_LENGTH = 8  # hex digits of a student's fingerprint behind a collection's name
+
+
+def version_name(collection: str, student: Student) -> str:
+    """`pictures` -> `pictures-8219ca3f`; a version of a version replaces the mark."""
+    stem, dash, mark = collection.rpartition("-")
+    is_mark = dash and len(mark) == VERSION_LENGTH and all(c in "0123456789abcdef" for c in mark)
+    return f"{stem if is_mark else collection}-{student.fingerprint[:VERSION_LENGTH]}"
+
+
+def now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def reindex(
+    place: Place,
+    old: str,
+    student: Student,
+    *,
+    to: str | None = None,
+    source: str | None = None,
+    images_root: str | None = None,
+    prefix: str = "",
+    spec: CollectionSpec | None = None,
+    context: float = CONTEXT,
+    threads: int | None = None,
+    rejects: str | None = None,
+    progress: Progress = lambda report: None,
+) -> tuple[Store, Report]:
+    """Fills `to` (default: `version_name`) with every point of `old`, embedded by `student`; run it again
+    after a kill, it goes on.
+
+    Payload is carried over whole, also what isn't ours; regions are the old one's boxes, so no detector is
+    needed. Pictures are read again from where they were ingested from, or from `source` (tars and Parquet
+    files hold pictures that no path of their own leads to).
+
+    Raises:
+        MismatchError: `to` was filled by another student. UsageError: `to` is `old`. StoreError.
+    """
+    old = place.aliases().get(old, old)
+    old_store = place.open(old)
+    old_store.describe()  # raises where there is none
+    remembered = old_store.metadata().get(META, {})
+    name = to or version_name(old, student)
+    if remembered.get("mark"):
+        came = f"{old} belongs to somebody else too: their vectors would be left behind"
+        do = "ingest with `into_existing` into a copy of it"
+        raise UsageError("reindex", came, "a collection of dclip-qdrant's own", do)
+    if name == old:
+        raise UsageError("reindex", f"{name} would be filled from itself", "another `to`")
+    new_store = place.open(name)
+    if new_store.exists():
+        check_student(new_store.metadata(), student, name)
+    else:
+        metadata = metadata_of(
+            student,
+            replaces=old,
+            created=now(),
+            carried=remembered.get("student"),
+            regions=bool(remembered.get("regions")),
+        )
+        new_store.create(spec or CollectionSpec.load(), student.dim, metadata)
+    points = _own_points(old_store)
+    if source:
+        points = _points_of_source(old_store, source, images_root, prefix)
+    embedder = Embedder(student, context=context, threads=threads)
+    items = _items(points, new_store)
+    return new_store, run(items, _judge, embedder, new_store, rejects=rejects, progress=progress)
+
+
+OldPoint = tuple[str, Payload, SourcePicture | None]  # id, payload, the source's picture
+
+
+def _own_points(store: Store) -> Iterator[OldPoint]:
+    return ((p.id, p.payload, None) for p in store.scroll())
+
+
+def _points_of_source(store: Store, source: str, images_root: str | None, prefix: str) -> Iterator[OldPoint]:
+    """The old points in the order of the source, each with the source's picture; then those that the source
+    doesn't have."""
+    _, pictures = read_any(source, images_root=images_root, captions=False)
+    met: set[str] = set()
+    while window := list(islice(pictures, WINDOW)):
+        picture_of = {point_id(prefix + p.key): p for p in window}
+        payloads = store.payloads(list(picture_of), None)
+        met |= set(payloads)
+        yield from ((i, payloads[i], p) for i, p in picture_of.items() if i in payloads)
+    yield from ((p.id, p.payload, None) for p in store.scroll() if p.id not in met)
+
+
+def _items(points: Iterator[OldPoint], new_store: Store) -> Iterator[Item]:
+    """The old points on their way; what the new collection has came from the same payload and picture."""
+    while window := list(islice(points, WINDOW)):
+        there = new_store.payloads([point for point, _, _ in window], ["content_hash"])
+        for point, payload, picture in window:
+            yield _item(point, payload, picture, unchanged=point in there)
+
+
+def _item(point: str, payload: Payload, picture: SourcePicture | None, *, unchanged: bool) -> Item:
+    key, uri = str(payload.get("key") or point), str(payload.get("uri") or "")
+    item = Item(picture or SourcePicture(key, uri, []), key, point, carried=payload, unchanged=unchanged)
+    if not uri or "content_hash" not in payload:
+        came = "no uri or content_hash in its payload"
+        item.error = InputError(
+            f"point {point}", came, "a point that dclip-qdrant ingested", "ingest its picture"
+        )
+    elif payload.get("labels"):
+        item.regions = Regions.of_row(payload)
+    return item
+
+
+def _judge(items: Sequence[Item], stored: dict[str, Payload]) -> None:
+    """Refuses pictures that changed since they were ingested."""
+    for item in items:
+        if isinstance(item.error, ImageError):
+            e = item.error
+            item.error = ImageError(
+                e.where, e.came, e.expected, "where did the pictures go? `source` names them"
+            )
+        elif item.pending and item.carried and item.content_hash != item.carried["content_hash"]:
+            came = "changed since it was ingested: its boxes and caption may no longer be true"
+            item.error = InputError(
+                str(item.carried["uri"]), came, "the same picture", "ingest it again first"
+            )

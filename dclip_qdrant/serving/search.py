@@ -1,0 +1,237 @@
+"""Queries: text or picture in, hits out, with the region that matched."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from dclip_qdrant.errors import UsageError
+from dclip_qdrant.pictures import images
+from dclip_qdrant.serving.collection import META, check_student
+from dclip_qdrant.serving.stores import Condition, Query, ScoredPoint, Store
+from dclip_qdrant.serving.student import Student
+
+MODES = ("dense", "regions", "hybrid")
+SHOWN = ("key", "uri", "caption", "labels", "width", "height")  # of a payload, in a hit's row
+
+
+@dataclass(frozen=True)
+class Hit:
+    """One picture that was found. `region` is the index of the box that matched best, None when the whole
+    picture did (or regions weren't asked)."""
+
+    id: str
+    score: float
+    payload: dict[str, Any]
+    region: int | None = None
+    # with explain: its rank in each stage, from 1; None where the stage didn't have it
+    ranks: dict[str, int | None] | None = None
+
+    @property
+    def box(self) -> list[float] | None:
+        """x0, y0, x1, y1 in pixels of the upright picture."""
+        return self.payload["boxes"][self.region] if self.region is not None else None
+
+    @property
+    def label(self) -> str | None:
+        return self.payload["labels"][self.region] if self.region is not None else None
+
+    def row(self) -> dict[str, Any]:
+        """For JSON: what a caller can't look up without the collection."""
+        shown = {key: self.payload.get(key) for key in SHOWN}
+        row = {"id": self.id, "score": self.score, **shown}
+        if self.region is not None:
+            row["region"] = {"box": self.box, "label": self.label}
+        if self.ranks is not None:
+            row["ranks"] = self.ranks
+        return row
+
+
+def parse_filter(text: str) -> Condition:
+    """`label=dog`, `labels=dog|cat` (any), `labels!=cat`, `caption~red ball` (all words), `width>=640`.
+
+    Raises:
+        UsageError: anything else.
+    """
+    m = re.fullmatch(r"\s*([\w.\[\]-]+)\s*(!=|>=|<=|=|~|>|<)\s*(.+?)\s*", text)
+    if not m:
+        raise UsageError("`where`", repr(text), "key=value, key=a|b, key!=value, key~words, key>=number")
+    key, op, value = m.groups()
+    if op in (">=", "<=", ">", "<"):
+        try:
+            return Condition(key, op, (float(value),))
+        except ValueError:
+            raise UsageError("`where`", repr(text), f"a number after {op}") from None
+    return Condition(key, op, (value,) if op == "~" else tuple(_value(v) for v in value.split("|")))
+
+
+def _value(text: str) -> Any:
+    if re.fullmatch(r"-?\d+", text):
+        return int(text)
+    if re.fullmatch(r"-?\d+\.\d+", text):
+        return float(text)
+    return {"true": True, "false": False}.get(text, text.strip("\"'"))
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """How hybrid search weighs its sources. `tune.py` finds it on the user's pairs; a collection's metadata
+    remembers it."""
+
+    dense: float = 1.0
+    bm25: float = 1.0
+    regions: float = 0.0
+    k: int = 60  # of reciprocal rank fusion
+
+    @classmethod
+    def of(cls, metadata: dict[str, Any]) -> "Fusion":
+        """What was tuned for a collection, or the default."""
+        tuned = metadata.get(META, {}).get("search", {})
+        return cls(**{f: tuned[f] for f in ("dense", "bm25", "regions", "k") if f in tuned})
+
+
+def search(
+    store: Store,
+    student: Student,
+    *,
+    text: str | None = None,
+    image: images.Picture | None = None,
+    mode: str = "dense",
+    where: Sequence[Condition | str] = (),
+    limit: int = 10,
+    candidates: int = 100,
+    fusion: Fusion | None = None,
+    diversity: float = 0.0,
+    explain: bool = False,
+    exclude: Sequence[str] = (),
+) -> list[Hit]:
+    """Pictures for a text or a picture.
+
+    Args:
+        image: A path, URI, bytes or PIL image.
+        mode: `dense`: nearest whole pictures. `regions`: their best regions decide (MaxSim over
+            `candidates`). `hybrid`: dense, BM25 over captions and (where it has a weight) regions, fused by
+            weighted RRF; a picture has no words, so hybrid with a picture alone is refused.
+        where: Conditions that must all hold, as `parse_filter` reads them.
+        fusion: Of hybrid; default: what `dclip-qdrant tune` left in the collection.
+        diversity: 0 to 1: maximal marginal relevance among the candidates (Carbonell & Goldstein 1998); 0
+            leaves the order alone.
+        explain: Fills `Hit.ranks`; costs a query a stage.
+        exclude: Ids of points that are never found.
+
+    Raises:
+        UsageError: no query or two of them, hybrid without text. MismatchError: another student filled the
+            collection. ImageError: a picture that can't be read. StoreError.
+    """
+    _check(text, image, mode, limit, diversity)
+    metadata = store.metadata()
+    if not metadata and not store.exists():
+        store.describe()  # raises, and names the collections there are
+    check_student(metadata, student, store.name)
+    vector = student.embed_images([image])[0] if image is not None else student.embed_texts([text or ""])[0]
+    fusion = fusion or Fusion.of(metadata)
+    hybrid, by_regions = mode == "hybrid", mode == "regions"
+    if (by_regions or (hybrid and fusion.regions > 0)) and not metadata[META].get("regions"):
+        came = f"{store.name} has no regions: every picture was ingested whole"
+        raise UsageError(f"`mode` {mode}", came, do="ingest with a `detector`, or search with `mode` dense")
+    query = Query(
+        limit=limit,
+        vector=vector,
+        text=text if hybrid else None,
+        rescore=vector[None] if by_regions else None,
+        weights=(fusion.dense, fusion.bm25, fusion.regions) if hybrid else (1.0, 0.0, 0.0),
+        rrf_k=fusion.k,
+        candidates=max(candidates, limit),
+        where=tuple(parse_filter(c) if isinstance(c, str) else c for c in where),
+        with_regions=by_regions or (hybrid and fusion.regions > 0),
+        exclude=tuple(exclude),
+    )
+    if diversity > 0:
+        points = _diverse_points(store, query, diversity)
+    else:
+        points = store.query(query)
+    stages = _stages(store, query) if explain else None
+    hits = []
+    for point in points:
+        ranks = {name: order.get(point.id) for name, order in stages.items()} if stages is not None else None
+        region = _best_region(point.regions, vector)
+        hits.append(Hit(point.id, point.score, point.payload, region, ranks))
+    return hits
+
+
+def _check(text: str | None, image: images.Picture | None, mode: str, limit: int, diversity: float) -> None:
+    """Raises UsageError for what can't be meant."""
+    if (text is None) == (image is None):
+        came = "both text and a picture" if text else "nothing to search for"
+        raise UsageError("query", came, "`text` or `image`")
+    if text is not None and not text.strip():
+        raise UsageError("query", "an empty text", "words to search for")
+    if mode not in MODES:
+        raise UsageError("`mode`", repr(mode), ", ".join(MODES))
+    if mode == "hybrid" and text is None:
+        raise UsageError("`mode` hybrid", "a picture", "a text: BM25 needs words", "`mode` dense or regions")
+    if limit < 1:
+        raise UsageError("`limit`", str(limit), "1 or more")
+    if not 0 <= diversity <= 1:
+        raise UsageError("`diversity`", str(diversity), "0 to 1")
+
+
+def _diverse_points(store: Store, query: Query, diversity: float) -> list[ScoredPoint]:
+    points = store.query(replace(query, limit=query.candidates, with_image=True))
+    if not points:
+        return []
+    vectors = np.stack([p.image for p in points if p.image is not None])
+    scores = np.array([p.score for p in points])
+    return [points[i] for i in _diverse(vectors, scores, query.limit, diversity)]
+
+
+def _stages(store: Store, query: Query) -> dict[str, dict[str, int]]:
+    """Ranks of the candidates in each stage that the query has."""
+    alone = {"dense": (1.0, 0.0, 0.0)}
+    if query.text is not None:
+        alone["bm25"] = (0.0, 1.0, 0.0)
+    if query.rescore is not None or query.weights[2] > 0:
+        alone["regions"] = (0.0, 0.0, 1.0)
+    out = {}
+    for name, weights in alone.items():
+        points = store.query(
+            replace(
+                query,
+                weights=weights,
+                rescore=None,
+                limit=query.candidates,
+                with_regions=False,
+                with_payload=False,
+            )
+        )
+        out[name] = {h.id: rank for rank, h in enumerate(points, 1)}
+    return out
+
+
+def _diverse(vectors: np.ndarray, scores: np.ndarray, limit: int, diversity: float) -> list[int]:
+    """Greedy MMR: (1 - diversity) x relevance - diversity x likeness to what is chosen already. vectors [N,
+    D] unit rows; relevance is the score scaled to 0..1, because RRF's and cosine's differ by an order of
+    magnitude."""
+    spread = np.ptp(scores)
+    relevance = (scores - scores.min()) / spread if spread > 0 else np.ones(len(scores))
+    alike = vectors @ vectors.T
+    chosen: list[int] = []
+    nearest = np.zeros(len(scores))
+    left = set(range(len(scores)))
+    while left and len(chosen) < limit:
+        best = max(left, key=lambda i: ((1 - diversity) * relevance[i] - diversity * nearest[i], -i))
+        chosen.append(best)
+        left.remove(best)
+        nearest = np.maximum(nearest, alike[best])
+    return chosen
+
+
+def _best_region(regions: np.ndarray | None, vector: np.ndarray) -> int | None:
+    """Which box matched: the argmax of MaxSim, computed again here because engines don't say. Row 0 is the
+    whole picture."""
+    if regions is None or len(regions) < 2:
+        return None
+    best = int(np.argmax(regions @ vector))
+    return best - 1 if best > 0 else None

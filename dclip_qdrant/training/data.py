@@ -1,0 +1,257 @@
+"""Training data in one worker: captions and cached vectors in memory, pictures memory-mapped or read from
+where they are.
+
+Ray Data makes the caches (regions, features, teacher vectors); training then reads them by index, not as a
+stream. That is what makes a resumed run exact and any number of workers see the same batches
+(`training/loop.py`).
+Memory: vectors are held as float16, 2 bytes x width x (captions + views) a picture: 0.35 GB for 67,500
+pictures of 5 captions at width 512.
+"""
+
+import tempfile
+from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from PIL import Image
+from upath import UPath
+
+from dclip_qdrant.errors import InputError
+from dclip_qdrant.pairs import Pairs
+from dclip_qdrant.pictures import images
+from dclip_qdrant.tables import storage
+from dclip_qdrant.tables.contracts import FEATURES, TEACHER_CACHE
+from dclip_qdrant.tables.stages import matrix, nested, parts
+
+
+class Pictures:
+    """The pictures of one split by index.
+
+    Those inside Parquet are copied once a node into an uncompressed Arrow file and memory-mapped.
+    """
+
+    def __init__(self, pairs: Pairs, split: str) -> None:
+        table = pairs.table(["key", "uri"], (split,))
+        self.keys: list[str] = table["key"].to_pylist()
+        self.uris: list[str] = table["uri"].to_pylist()
+        self._mapped = _map_pictures(pairs, split) if pairs.hold_pictures() else None
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def load(self, i: int) -> Image.Image:
+        value = self._mapped[i].as_py() if self._mapped is not None else None
+        data = value if value is not None else images.read(self.uris[i])
+        return images.open_rgb(data, self.uris[i])
+
+
+def _map_pictures(pairs: Pairs, split: str) -> pa.ChunkedArray:
+    """The `image` column of a split, memory-mapped."""
+    path = Path(tempfile.gettempdir()) / f"dclip-{pairs.fingerprint[:16]}-{split}.arrow"
+    if not path.exists():
+        schema = pa.schema([("image", pa.large_binary())])
+        with storage.writing(path) as sink, pa.ipc.new_file(sink, schema) as writer:
+            for rows in pairs.rows(["image"], (split,), batch=256):
+                column = pa.array([r["image"] for r in rows], pa.large_binary())
+                writer.write_batch(pa.record_batch([column], schema=schema))
+    return pa.ipc.open_file(pa.memory_map(str(path))).read_all()["image"]
+
+
+MaybeArray = Any  # an array, or None where the run doesn't read it
+
+
+@dataclass
+class Cache:
+    """Cached vectors of one split in the order of `keys`: V views, D the teacher's width, F the trunk's."""
+
+    keys: list[str]
+    crop: np.ndarray  # [N, V, 4]
+    flip: np.ndarray  # [N, V]
+    trunk: np.ndarray  # [N, V, F] float16, F = 0 when the trunk learns
+    image: MaybeArray = None  # [N, V, D] the base model's feature
+    regions: MaybeArray = None  # [N, R, D] float16, zero where there is none
+    region_mask: MaybeArray = None  # [N, R]
+    region_boxes: MaybeArray = None  # [N, R, 4]
+    region_trunk: MaybeArray = None  # [N, R, F]
+    texts: MaybeArray = None  # [T, D] float16, all captions in order
+    first: MaybeArray = None  # [N + 1] where each picture's captions begin in `texts`
+    # [N, V, C, D] float16 (C = 1: the same for all captions), zero beyond a picture's captions
+    teacher: MaybeArray = None
+    others: tuple["Cache", ...] = ()  # further teachers' image and texts, of the same views
+
+    @property
+    def views(self) -> int:
+        return self.crop.shape[1]
+
+
+REGION_COLUMNS = ("regions", "region_boxes", "region_trunk")
+
+
+def load_cache(
+    keys: list[str],
+    captions: list[int],
+    features: UPath,
+    teacher: UPath | None = None,
+    *,
+    need: tuple[str, ...] = ("regions", "texts"),
+) -> Cache:
+    """Reads the features stage (and the teacher's) for these pictures; `captions` is how many each has.
+
+    Raises:
+        InputError: a picture that the cache doesn't have.
+    """
+    row_of = {key: i for i, key in enumerate(keys)}
+    first = np.concatenate([[0], np.cumsum(captions)]).astype(np.int64)
+    columns = ["key", "view", "crop", "flip", "trunk", "image", *need]
+    tables = list(parts(features, FEATURES, columns))
+    views = 1 + max((max(table["view"].to_pylist(), default=-1) for table in tables), default=-1)
+    arrays: dict[str, np.ndarray] = {}
+    region_rows: dict[str, list[np.ndarray | None]] = {
+        n: [None] * len(keys) for n in need if n in REGION_COLUMNS
+    }
+    filled = np.zeros(len(keys), bool)
+    for table in tables:
+        own = [i for i, key in enumerate(table["key"].to_pylist()) if key in row_of]
+        if not own:
+            continue
+        table = table.take(own)
+        rows = np.array([row_of[key] for key in table["key"].to_pylist()])
+        view = np.asarray(table["view"])
+        for name in ("crop", "trunk", "image"):
+            values = matrix(table[name])
+            kind = np.float32 if name == "crop" else np.float16
+            arrays.setdefault(name, np.zeros((len(keys), views, values.shape[1]), kind))[rows, view] = values
+        flips = arrays.setdefault("flip", np.zeros((len(keys), views), bool))
+        flips[rows, view] = np.asarray(table["flip"])
+        filled[rows[view == 0]] = True
+        for name in need:
+            values, counts = nested(table[name])
+            starts = np.concatenate([[0], np.cumsum(counts)])
+            for j in np.flatnonzero(view == 0):
+                vectors, row = values[starts[j] : starts[j + 1]], rows[j]
+                if name == "texts":
+                    texts = arrays.setdefault("texts", np.zeros((first[-1], values.shape[1]), np.float16))
+                    texts[first[row] : first[row + 1]] = vectors
+                else:
+                    kind = np.float32 if name == "region_boxes" else np.float16
+                    region_rows[name][row] = vectors.astype(kind)
+    if not filled.all():
+        lost = keys[int(np.argmin(filled))]
+        do = "run it again with `from_scratch`"
+        raise InputError(features, f"no features of {lost!r}", "every picture of the split", do)
+    cache = Cache(
+        keys=keys,
+        crop=arrays["crop"],
+        flip=arrays["flip"],
+        trunk=arrays["trunk"],
+        image=arrays["image"],
+        texts=arrays.get("texts"),
+        first=first,
+    )
+    for name, each in region_rows.items():
+        padded, mask = _padded([vectors for vectors in each if vectors is not None])
+        setattr(cache, name, padded)
+        if name == "regions":
+            cache.region_mask = mask
+    if teacher is not None:
+        cache.teacher = _load_teacher_vectors(teacher, row_of, views, max(captions))
+    return cache
+
+
+def _padded(rows: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """N arrays [R_n, D] -> [N, R, D], zero beyond each one's rows, and the mask [N, R] of those that are
+    there."""
+    most, width = max(max(len(r) for r in rows), 1), max(r.shape[-1] for r in rows)
+    padded, mask = np.zeros((len(rows), most, width), rows[0].dtype), np.zeros((len(rows), most), bool)
+    for i, vectors in enumerate(rows):
+        if len(vectors):
+            padded[i, : len(vectors)], mask[i, : len(vectors)] = vectors, True
+    return padded, mask
+
+
+def _load_teacher_vectors(
+    teacher: UPath, row_of: dict[str, int], views: int, most_captions: int
+) -> np.ndarray | None:
+    """[N, V, C, D] float16 from the teacher cache, zero beyond a picture's captions; None where it has
+    none."""
+    out: np.ndarray | None = None
+    for table in parts(teacher, TEACHER_CACHE, ["key", "view", "teacher_image"]):
+        values, counts = nested(table["teacher_image"])
+        starts = np.concatenate([[0], np.cumsum(counts)])
+        keys, view_numbers = table["key"].to_pylist(), table["view"].to_pylist()
+        for j, (key, view) in enumerate(zip(keys, view_numbers, strict=True)):
+            if key not in row_of:
+                continue
+            if out is None:
+                width = 1 if counts.max() == 1 else most_captions
+                out = np.zeros((len(row_of), views, width, values.shape[1]), np.float16)
+            vectors = values[starts[j] : starts[j + 1]]
+            out[row_of[key], view, : len(vectors)] = vectors
+    return out
+
+
+def draw(
+    seed: int, epoch: int, picture: int, views: int, captions: int, wanted: int
+) -> tuple[int, np.ndarray]:
+    """The view and the captions [wanted] of a picture in an epoch; a picture with fewer captions repeats
+    some."""
+    rng = np.random.default_rng([seed, epoch, picture])
+    view = int(rng.integers(views))
+    return view, rng.choice(captions, wanted, replace=captions < wanted)
+
+
+def view_box(rng: np.random.Generator, scale: float) -> tuple[float, float, float, float]:
+    """A random crop as parts of width and height: area in scale..1, the picture's own shape up to a factor
+    4:5."""
+    area, ratio = rng.uniform(scale, 1.0), np.exp(rng.uniform(np.log(0.8), np.log(1.25)))
+    w, h = min(1.0, (area * ratio) ** 0.5), min(1.0, (area / ratio) ** 0.5)
+    x, y = rng.uniform(0, 1 - w), rng.uniform(0, 1 - h)
+    return x, y, x + w, y + h
+
+
+def apply_view(image: Image.Image, crop: np.ndarray, flip: bool) -> Image.Image:
+    x0, y0, x1, y1 = (float(v) for v in crop)
+    if (x0, y0, x1, y1) != (0.0, 0.0, 1.0, 1.0):
+        left, top = int(x0 * image.width), int(y0 * image.height)
+        image = image.crop(
+            (left, top, max(left + 1, round(x1 * image.width)), max(top + 1, round(y1 * image.height)))
+        )
+    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else image
+
+
+def in_view(boxes: np.ndarray, crop: np.ndarray, flip: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Boxes [N, 4] of whole pictures as parts of their views `crop` [N, 4] (mirrored where `flip` [N]) and
+    how much of each box the view shows [N].
+
+    All are x0, y0, x1, y1 as parts of width and height.
+    """
+    origin, size = np.tile(crop[:, :2], 2), np.tile(crop[:, 2:] - crop[:, :2], 2)
+    free = (boxes - origin) / np.maximum(size, 1e-6)
+    cut = free.clip(0, 1)
+    area = lambda b: np.maximum(b[:, 2] - b[:, 0], 0) * np.maximum(b[:, 3] - b[:, 1], 0)
+    part = area(cut) / np.maximum(area(free), 1e-9)
+    mirrored = np.stack([1 - cut[:, 2], cut[:, 1], 1 - cut[:, 0], cut[:, 3]], 1)
+    return np.where(np.asarray(flip, bool)[:, None], mirrored, cut).astype(np.float32), part
+
+
+class Decoded:
+    """Pixels [S, S, 3] uint8 that were decoded before; they stay in memory up to `limit` bytes, beyond it
+    pictures are decoded each time anew."""
+
+    def __init__(self, limit: int, pool: ThreadPoolExecutor) -> None:
+        self._left, self._pool = limit, pool
+        self._kept: dict[Hashable, np.ndarray] = {}
+
+    def __call__(self, keys: Sequence[Hashable], make: Callable[[int], np.ndarray]) -> np.ndarray:
+        """[len(keys), S, S, 3]; `make(j)` decodes what `keys[j]` stands for, on threads."""
+        missing = [j for j, k in enumerate(keys) if k not in self._kept]
+        made = dict(zip(missing, self._pool.map(make, missing), strict=True))
+        out = np.stack([made[j] if j in made else self._kept[k] for j, k in enumerate(keys)])
+        for j, pixels in made.items():
+            if pixels.nbytes <= self._left and keys[j] not in self._kept:
+                self._kept[keys[j]], self._left = pixels, self._left - pixels.nbytes
+        return out

@@ -1,0 +1,481 @@
+"""An open_clip model as the rest of the product sees it: two towers, what of them learns, and in which order
+their layers stand."""
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from dclip_qdrant.errors import RecipeError, UsageError
+from dclip_qdrant.lookup import did_you_mean
+from dclip_qdrant.pictures.preprocess import Preprocess
+
+_ATTENTION = re.compile(
+    r"\.attn\.(in_proj_weight|in_proj_bias|out_proj\.|qkv\.|q\.|k\.|v\.|proj\.|q_proj\.|k_proj\.|v_proj\."
+    r"|\w*_proj_weight)"
+)
+_OUTPUT = re.compile(r"^visual\.(proj$|head\.|attnpool\.)|^(text\.)?text_projection(\.|$)")
+
+
+class TwoTower(nn.Module):
+    """`open_clip` model, its preprocessing and its tokenizer.
+
+    Norms stay in eval mode while training (batch statistics of a few pictures of one domain are what makes
+    fine-tuned CLIPs collapse).
+    """
+
+    model: Any  # an open_clip model; what its towers are called differs by family
+
+    def __init__(
+        self,
+        model: nn.Module,
+        preprocess: Preprocess,
+        tokenizer: Any,
+        *,
+        name: str,
+        config: dict,
+        fingerprint: str,
+    ) -> None:
+        super().__init__()
+        self.model, self.preprocess, self.tokenizer = model.eval(), preprocess, tokenizer
+        self.name, self.config, self.fingerprint = name, config, fingerprint
+        self.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> "TwoTower":
+        return super().train(False)
+
+    # --- shapes
+
+    @property
+    def _text(self) -> Any:
+        """Where token_embedding, transformer and ln_final are: the model itself or its `text` tower."""
+        return self.model if hasattr(self.model, "token_embedding") else self.model.text
+
+    @property
+    def dim(self) -> int:
+        return self.config["embed_dim"]
+
+    @property
+    def context_length(self) -> int:
+        return (
+            self._text.context_length if hasattr(self._text, "context_length") else self.model.context_length
+        )
+
+    @property
+    def logit_scale(self) -> Tensor:
+        return self.model.logit_scale.exp()
+
+    @property
+    def dynamic_text(self) -> bool:
+        """A causal text tower that reads its answer at the end token: padding changes nothing and can be cut
+        off."""
+        t = self._text
+        pool = getattr(t, "text_pool_type", getattr(t, "pool_type", None))
+        return (
+            hasattr(t, "token_embedding")
+            and getattr(t, "attn_mask", None) is not None
+            and pool in ("argmax", "eos")
+            and getattr(t, "cls_emb", None) is None
+        )
+
+    # --- forward
+
+    def normalised(self, pixels: Tensor) -> Tensor:
+        """[B, S, S, 3] uint8 -> [B, 3, S, S] float, on the tensor's own device (a quarter of the bytes to
+        copy there)."""
+        mean = torch.tensor(self.preprocess.mean, device=pixels.device)
+        std = torch.tensor(self.preprocess.std, device=pixels.device)
+        return ((pixels.float() / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()
+
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        """[B, 3, S, S] -> [B, D], not normalised."""
+        return self.model.encode_image(pixels)
+
+    @property
+    def has_trunk(self) -> bool:
+        return hasattr(self.model.visual, "trunk") and hasattr(self.model.visual, "head")
+
+    @property
+    def trunk_frozen(self) -> bool:
+        """Nothing below the projection learns: the trunk's features can be computed once and kept."""
+        return self.has_trunk and not any(p.requires_grad for p in self.model.visual.trunk.parameters())
+
+    def trunk(self, pixels: Tensor) -> Tensor:
+        """[B, 3, S, S] -> [B, F], what `head` turns into the embedding."""
+        return self.model.visual.trunk(pixels)
+
+    def head(self, features: Tensor) -> Tensor:
+        return self.model.visual.head(features)
+
+    def encode_patches(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, 3, S, S] -> the embedding [B, D] and a map of patch features in the embedding's space [B, D, h,
+        w], neither normalised.
+
+        Raises:
+            RecipeError: a tower that gives no map.
+        """
+        visual = self.model.visual
+        if self.has_trunk:
+            features = visual.trunk.forward_features(pixels)
+            image = visual.head(visual.trunk.forward_head(features))
+            skip = getattr(visual.trunk, "num_prefix_tokens", 0)
+            patches = features[:, skip:] if features.ndim == 3 else features.flatten(2).mT
+            patches = visual.head(patches) if patches.shape[-1] == visual.trunk.num_features else patches
+        elif hasattr(visual, "_embeds") and getattr(visual, "attn_pool", None) is None:
+            x = visual.transformer(visual._embeds(pixels))
+            pooled, _ = visual._pool(x)
+            image = pooled if visual.proj is None else pooled @ visual.proj
+            patches = visual.ln_post(x[:, 1:])
+            patches = patches if visual.proj is None else patches @ visual.proj
+        else:
+            raise RecipeError(
+                "objectives",
+                f"patch features of {self.name}",
+                "a ViT of open_clip or a timm trunk",
+                'of = "regions" works with any',
+            )
+        side = int(patches.shape[1] ** 0.5)
+        if side * side != patches.shape[1] or patches.shape[-1] != image.shape[-1]:
+            raise RecipeError(
+                "objectives",
+                f"{patches.shape[1]} patches of width {patches.shape[-1]} from {self.name}",
+                "a square map in the embedding's space",
+            )
+        return image, patches.mT.unflatten(2, (side, side))
+
+    def encode_rois(self, pixels: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, 3, S, S] and boxes [B, R, 4] (x0, y0, x1, y1 as parts of the input) -> the embedding [B, D] and
+        each box's mean patch feature [B, R, D].
+
+        RoIAlign (He et al. 2017) to one cell.
+        """
+        from torchvision.ops import roi_align
+
+        image, patches = self.encode_patches(pixels)
+        h, w = patches.shape[2:]
+        scale = torch.tensor([w, h, w, h], dtype=torch.float32, device=boxes.device)
+        pooled = roi_align(patches.float(), list(boxes.float() * scale), output_size=1, aligned=True)
+        return image, pooled[:, :, 0, 0].unflatten(0, boxes.shape[:2])
+
+    def tokens(self, texts: list[str]) -> Tensor:
+        """[B, L] ids; L is the longest text of the batch where the tower allows that, else the context
+        length."""
+        ids = self.tokenizer(texts, context_length=self.context_length)
+        if self.dynamic_text:
+            ids = ids[:, : int(self._end(ids).max()) + 1]
+        return ids
+
+    def hidden(self, ids: Tensor) -> Tensor:
+        """[B, L] -> [B, L, W] after the final norm (dynamic text towers only)."""
+        t = self._text
+        n = ids.shape[1]
+        x = t.token_embedding(ids) + t.positional_embedding[:n]
+        return t.ln_final(t.transformer(x, attn_mask=t.attn_mask[:n, :n]))
+
+    def _project(self, x: Tensor) -> Tensor:
+        w = self._text.text_projection
+        return x if w is None else w(x) if isinstance(w, nn.Linear) else x @ w
+
+    def encode_text(self, ids: Tensor) -> Tensor:
+        """[B, L] -> [B, D], not normalised."""
+        if not self.dynamic_text:
+            return self.model.encode_text(ids)
+        return self._project(self.hidden(ids)[torch.arange(len(ids), device=ids.device), self._end(ids)])
+
+    def _end(self, ids: Tensor) -> Tensor:
+        t = self._text
+        if getattr(t, "text_pool_type", getattr(t, "pool_type", None)) == "eos":
+            return (ids == (t.text_eos_id if hasattr(t, "text_eos_id") else t.eos_id)).int().argmax(-1)
+        return ids.argmax(-1)
+
+    def encode_words(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[B, L] -> sentence vectors [B, D], projected token features [B, L, D], and the mask [B, L] of real
+        words (no begin, end or padding)."""
+        if not self.dynamic_text:
+            raise RecipeError(
+                "teacher.spans",
+                f"'tokens' with the text tower of {self.name}",
+                "a causal text tower",
+                'teacher.spans = "phrases"',
+            )
+        features = self._project(self.hidden(ids))
+        at, end = torch.arange(ids.shape[1], device=ids.device)[None], self._end(ids)[:, None]
+        return features[torch.arange(len(ids), device=ids.device), end[:, 0]], features, (at > 0) & (at < end)
+
+    def text_tokens(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """The words of `encode_words` and their mask: DCLIP's spans."""
+        return self.encode_words(ids)[1:]
+
+    # --- what learns
+
+    def layers(self, tower: str) -> list[list[str]]:
+        """Parameter names of `image` or `text` from the first layer to the output projection: for layer decay
+        and `last_n`."""
+        mine = [
+            n
+            for n, _ in self.model.named_parameters()
+            if _is_image(n) == (tower == "image") and not n.startswith("logit")
+        ]
+        if tower == "image" and self.has_trunk and hasattr(self.model.visual.trunk, "group_matcher"):
+            from timm.models import group_parameters
+
+            groups = group_parameters(self.model.visual.trunk, self.model.visual.trunk.group_matcher())
+            rank = {f"visual.trunk.{n}": g for g, names in groups.items() for n in names}
+            top = max(rank.values(), default=0) + 1
+            of = lambda n: rank.get(n, top)
+        else:
+            blocks = [re.search(r"(?:resblocks|blocks|layer)\.?(\d+)\.", n) for n in mine]
+            last = max((int(b.group(1)) for b in blocks if b), default=0)
+            number = {n: int(b.group(1)) for n, b in zip(mine, blocks, strict=True) if b}
+            of = lambda n: number.get(
+                n, last + 1 if _OUTPUT.search(n) or ".ln_post" in n or "ln_final" in n else -1
+            )
+        order = sorted({of(n) for n in mine})
+        return [[n for n in mine if of(n) == level] for level in order]
+
+    def is_projection(self, name: str) -> bool:
+        """Whether a parameter belongs to an output projection."""
+        return bool(_OUTPUT.search(name))
+
+    def choose(
+        self, tower: str, trainable: str, *, last_n: int = 2, rank: int = 8, alpha: float = 16.0
+    ) -> list[str]:
+        """Lets the chosen parameters of one tower learn; their names. `lora` adds low-rank updates (merge
+        with `merge_lora`)."""
+        layers = self.layers(tower)
+        every = [n for layer in layers for n in layer]
+        if trainable == "frozen":
+            chosen = []
+        elif (
+            trainable == "attn_proj"
+        ):  # DCLIP's set: q, k, v and out of every attention, and the output projection
+            chosen = [n for n in every if _ATTENTION.search(n) or _OUTPUT.search(n)]
+        elif trainable == "last_n":
+            chosen = [n for layer in layers[-1 - last_n :] for n in layer] if len(layers) > 1 else every
+        elif trainable == "full":
+            chosen = every
+        else:
+            return self._add_lora(every, rank, alpha)
+        params = dict(self.model.named_parameters())
+        for name in chosen:
+            params[name].requires_grad_(True)
+        return chosen
+
+    def _add_lora(self, names: list[str], rank: int, alpha: float) -> list[str]:
+        """LoRA (Hu et al. 2021) on every attention, MLP and projection matrix; convolutions count as matrices
+        over their fan-in."""
+        chosen = []
+        for name in names:
+            path, _, leaf = name.rpartition(".")
+            module = self.model.get_submodule(path)
+            weight = getattr(module, leaf)
+            grouped = isinstance(module, nn.Conv2d) and module.groups > 1
+            wanted = (
+                leaf in ("weight", "in_proj_weight", "proj", "text_projection")
+                and not isinstance(module, nn.Embedding)
+                and not grouped
+            )
+            if wanted and weight.ndim >= 2:
+                parametrize.register_parametrization(module, leaf, _LowRank(weight, rank, alpha))
+                chosen += [f"{path + '.' if path else ''}parametrizations.{leaf}.0.{p}" for p in ("a", "b")]
+        for name, p in self.model.named_parameters():
+            if name in chosen:
+                p.requires_grad_(True)
+        return chosen
+
+    def merge_lora(self) -> None:
+        """Folds low-rank updates into the weights: afterwards the model is a plain open_clip model again."""
+        for module in list(self.model.modules()):
+            for leaf in list(getattr(module, "parametrizations", {})):
+                parametrize.remove_parametrizations(module, leaf, leave_parametrized=True)
+
+    @torch.no_grad()
+    def map_outputs(self, image: Tensor, text: Tensor) -> None:
+        """Multiplies each tower's embeddings by a matrix [D, D], x -> x @ map, folded into the output
+        projection. The same rotation for both changes no similarity.
+
+        Raises:
+            RecipeError: a tower that doesn't end in a projection.
+        """
+        for projection, matrix in zip(self.output_projections(), (image, text), strict=True):
+            if isinstance(projection, nn.Linear):
+                projection.weight.copy_(matrix.T @ projection.weight.to(matrix))  # in the map's precision
+                if projection.bias is not None:
+                    projection.bias.copy_(projection.bias.to(matrix) @ matrix)
+            else:
+                projection.copy_(projection.to(matrix) @ matrix)
+
+    def output_projections(self) -> list[nn.Linear | Tensor]:
+        """The last linear map of the image tower and of the text tower.
+
+        Raises:
+            RecipeError: a tower that doesn't end in a projection.
+        """
+        visual, words = self.model.visual, self._text
+        out = []
+        for tower, places in (
+            (
+                "image",
+                [
+                    (visual, "proj"),
+                    (getattr(visual, "head", None), None),
+                    (getattr(visual, "attnpool", None), "c_proj"),
+                ],
+            ),
+            ("text", [(words, "text_projection"), (getattr(words, "proj", None), None), (words, "proj")]),
+        ):
+            projection = next(
+                (p for p in (_last_projection(m, leaf, self.dim) for m, leaf in places) if p is not None),
+                None,
+            )
+            if projection is None:
+                raise RecipeError(
+                    "index and hubness",
+                    f"the {tower} tower of {self.name} doesn't end in a projection",
+                    "one that does",
+                )
+            out.append(projection)
+        return out
+
+    def weights(self) -> dict[str, Tensor]:
+        """The plain open_clip state dict as it stands, low-rank updates merged; copies, on the CPU."""
+        out = {}
+        for key, value in self.model.state_dict().items():
+            if (
+                "parametrizations." in key
+            ):  # X.parametrizations.weight.original (and .0.a, .0.b) -> the merged X.weight
+                path, _, rest = key.rpartition("parametrizations.")
+                leaf, _, part = rest.partition(".")
+                if part != "original":
+                    continue
+                key, value = path + leaf, getattr(self.model.get_submodule(path.rstrip(".")), leaf)
+            out[key] = value.detach().cpu().clone()
+        return out
+
+    def load_weights(self, state: dict[str, Tensor]) -> None:
+        self.model.load_state_dict(state)
+
+
+def _last_projection(module: nn.Module | None, leaf: str | None, dim: int) -> nn.Linear | Tensor | None:
+    """The linear map that a module (or its `leaf`) ends in, when it gives `dim` numbers."""
+    at = getattr(module, leaf, None) if leaf and module is not None else module
+    if isinstance(at, nn.Module):
+        linear = [m for m in at.modules() if isinstance(m, nn.Linear)]
+        return linear[-1] if linear and linear[-1].out_features == dim else None
+    return at if isinstance(at, Tensor) and at.ndim == 2 and at.shape[1] == dim else None
+
+
+class _LowRank(nn.Module):
+    """W -> W + (alpha / r) B A; B starts at zero, so nothing changes before the first step."""
+
+    def __init__(self, weight: Tensor, rank: int, alpha: float) -> None:
+        super().__init__()
+        rows, columns = weight.shape[0], weight[0].numel()
+        r = min(rank, rows, columns)
+        self.a = nn.Parameter(torch.randn(r, columns) / columns**0.5)
+        self.b = nn.Parameter(torch.zeros(rows, r))
+        self.scale = alpha / r
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + self.scale * (self.b @ self.a).view_as(weight)
+
+
+def _is_image(name: str) -> bool:
+    return name.startswith("visual.")
+
+
+def interpolate(start: dict[str, Tensor], end: dict[str, Tensor], alpha: float) -> dict[str, Tensor]:
+    """WiSE-FT (Wortsman et al. 2022, eq. 1): (1 - alpha) start + alpha end, for floating-point entries; the
+    others from `end`."""
+    return {
+        k: torch.lerp(start[k].float(), v.float(), alpha).to(v.dtype) if v.is_floating_point() else v
+        for k, v in end.items()
+    }
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What open_clip is asked for, and what names it: for a folder the hash of its files."""
+
+    name: str
+    fingerprint: str
+    pretrained: str | None = None
+    config: dict[str, Any] | None = None
+
+
+def load(name: str, *, weights: bool = True) -> TwoTower:
+    """A model by open_clip name (`ViT-B-32/openai`, hub at run time), or a local folder with
+    open_clip_config.json and safetensors.
+
+    Raises:
+        UsageError: no such folder, a folder without the two files, an unknown name, or weights that can't be
+            fetched.
+    """
+    source = _folder(Path(name)) if Path(name).is_dir() else _published(name, weights=weights)
+    try:
+        model, _, _ = open_clip.create_model_and_transforms(
+            source.name,
+            pretrained=source.pretrained,
+            load_weights=weights,
+            pretrained_text=False,
+            output_dict=False,
+        )
+        tokenizer = open_clip.get_tokenizer(source.name)
+    except Exception as e:  # hub, network, safetensors and open_clip each raise their own
+        came = f"can't be loaded: {str(e).splitlines()[0][:300] or type(e).__name__}"
+        raise UsageError(name, came, do="check the name, the network, or give a local folder") from e
+    preprocess = Preprocess.of_open_clip(getattr(model.visual, "preprocess_cfg", {}))
+    config = source.config or open_clip.get_model_config(source.name)
+    if config is None:
+        config = json.loads(json.dumps(getattr(model, "config", {"embed_dim": _dim(model)})))
+    return TwoTower(model, preprocess, tokenizer, name=name, config=config, fingerprint=source.fingerprint)
+
+
+def _folder(folder: Path) -> _Source:
+    files = [folder / "open_clip_config.json", folder / "open_clip_model.safetensors"]
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise UsageError(folder, f"no {' and no '.join(missing)}", "a folder that open_clip can load")
+    config = json.loads(files[0].read_text())["model_cfg"]
+    return _Source(f"local-dir:{folder.resolve()}", _hash_files(*files), config=config)
+
+
+def _published(name: str, *, weights: bool) -> _Source:
+    """A model of open_clip's list, or of a hub."""
+    fingerprint = hashlib.sha256(name.encode()).hexdigest()
+    if name.startswith("hf-hub:"):
+        return _Source(name, fingerprint)
+    if "/" in name and (name.startswith((".", "/")) or name.count("/") > 1):
+        expected = "a folder with open_clip_config.json, or a name like ViT-B-32/openai"
+        raise UsageError(name, "no such folder", expected)
+    model, _, tag = name.partition("/")
+    known = open_clip.list_models()
+    if model not in known:
+        raise UsageError("`base`", f"no model {model!r}", do=did_you_mean(model, known)[:200])
+    tags = open_clip.list_pretrained_tags_by_model(model)
+    if weights and not tag:
+        expected = f"{model}/TAG, TAG one of {', '.join(tags) or '(none published)'}"
+        raise UsageError("`base`", f"{model!r} without weights", expected)
+    if tag and tag not in tags:
+        raise UsageError("`base`", f"no weights {tag!r} for {model}", f"one of {', '.join(tags)}")
+    return _Source(model, fingerprint, pretrained=tag or None)
+
+
+def _dim(model: Any) -> int:
+    w = model.text_projection
+    return w.out_features if isinstance(w, nn.Linear) else w.shape[1]
+
+
+def _hash_files(*files: Path) -> str:
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as f:
+            digest.update(hashlib.file_digest(f, "sha256").digest())
+    return digest.hexdigest()

@@ -1,0 +1,386 @@
+"""The Ray jobs on a head of our own: whole, killed and submitted again."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from processes import STOP_S, python, started, wait_until
+from ray_jobs_here import ENV, ROOT, job
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def on_head(tmp_path_factory):
+    """The environment of jobs that join a Ray head of these tests' own, which starts once for all of them."""
+    from ray_head import RayHead
+
+    with RayHead(tmp_path_factory.mktemp("head") / "log", {**ENV, "PYTHONPATH": str(ROOT)}) as head:
+        yield {**ENV, "RAY_ADDRESS": head.gcs, "DASHBOARD": head.address}
+
+
+def distill_args(tiny_base, pairs_folder, labelled_folder, out):
+    # enough epochs to be caught in the middle of one, a checkpoint after every step
+    return [
+        "--recipe",
+        "tiny",
+        "--base",
+        tiny_base,
+        "--pairs",
+        pairs_folder,
+        "--labelled",
+        labelled_folder,
+        "--out",
+        out,
+        "--no-compare",
+        "--min-retention",
+        "0",
+        "--set",
+        "train.epochs=40",
+        "--set",
+        "train.batch_size=8",
+        "--set",
+        "train.checkpoint_s=0",
+    ]
+
+
+@pytest.fixture(scope="module")
+def unbroken(on_head, tiny_base, pairs_folder, labelled_folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("unbroken")
+    done = job("distill", *distill_args(tiny_base, pairs_folder, labelled_folder, out), env=on_head)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return out, done
+
+
+def with_stages(unbroken, out, *kinds):
+    """A folder in which these stages of the unbroken run are done already."""
+    for kind in kinds:
+        (folder,) = (unbroken[0] / "stages").glob(f"{kind}-????????????")
+        shutil.copytree(folder, out / "stages" / folder.name)
+    return out
+
+
+def test_distill_leaves_a_student_a_table_and_the_base(unbroken, student_folder):
+    from dclip_qdrant.serving.student import Student
+
+    out, done = unbroken
+    table = json.loads((out / "table.json").read_text())
+    assert [r["name"] for r in table["rows"]] == ["base", "tiny"]
+    assert set(table["rows"][1]["t2i"]) == {"r@1", "r@5", "r@10", "mrr", "map"}
+    assert table["rows"][0]["n_images"] == 10
+    student, base = Student.load(out / "student"), Student.load(out / "base")
+    assert student.fingerprint != base.fingerprint
+    # the text tower was frozen
+    assert student.embed_texts(["a red star"]) == pytest.approx(base.embed_texts(["a red star"]), abs=1e-5)
+    assert f"student: {out}/student" in done.stdout
+    assert "| base |" in done.stdout
+
+
+def test_a_second_submission_reuses_everything(unbroken, on_head, tiny_base, pairs_folder, labelled_folder):
+    out, _ = unbroken
+    before = (out / "student" / "manifest.json").read_bytes()
+    done = job("distill", *distill_args(tiny_base, pairs_folder, labelled_folder, out), env=on_head)
+    assert done.returncode == 0
+    for stage in (
+        "regions: reused",
+        "features: reused",
+        "teacher cache: reused",
+        "student tiny seed 0: reused",
+        "export: reused",
+    ):
+        assert stage in done.stderr
+    assert (out / "student" / "manifest.json").read_bytes() == before
+
+
+def test_killed_job_and_killed_worker_end_with_the_same_metrics(
+    unbroken, on_head, tiny_base, pairs_folder, labelled_folder, tmp_path
+):
+    """SIGKILL the whole job in mid-epoch, submit again, SIGKILL the worker in mid-epoch, let it go on."""
+    with_stages(unbroken, tmp_path, "regions", "features", "teacher", "teacher-cache")
+    command = [
+        sys.executable,
+        "ray_jobs/distill.py",
+        *map(str, distill_args(tiny_base, pairs_folder, labelled_folder, tmp_path)),
+    ]
+    checkpoints = lambda: sorted(
+        tmp_path.glob("stages/student-*/checkpoints/step-*.pt"), key=lambda p: int(p.stem[5:])
+    )
+
+    def step():
+        found = checkpoints()
+        return int(found[-1].stem[5:]) if found else 0
+
+    with started(command, cwd=ROOT, env=on_head) as process:
+        wait_until(lambda: step() >= 20, process)
+        os.kill(process.pid, signal.SIGKILL)
+    time.sleep(5)  # the head notices and ends the workers
+    at_kill = step()
+    assert 20 <= at_kill < 200
+    log, killed = "", None
+    with started(command, cwd=ROOT, env=on_head, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        for line in process.stdout:
+            log += line
+            resumed = re.search(r"RayTrainWorker pid=(\d+).*student tiny seed 0: resumed at", line)
+            if resumed and killed is None:
+                wait_until(lambda: step() >= min(at_kill + 20, 190), process)
+                killed = int(resumed.group(1))
+                os.kill(killed, signal.SIGKILL)
+        assert process.wait(STOP_S) == 0, log[-3000:]
+    assert killed is not None, log[-3000:]
+    assert len(re.findall("resumed at epoch", log)) >= 2
+    wanted = json.loads((unbroken[0] / "table.json").read_text())["rows"]
+    got = json.loads((tmp_path / "table.json").read_text())["rows"]
+    for a, b in zip(wanted, got, strict=True):
+        for way in ("t2i", "i2t"):
+            assert b[way] == pytest.approx(a[way], abs=1e-3)
+
+
+def test_compare_reuses_what_is_there_and_one_failed_run_does_not_sink_the_rest(
+    unbroken, on_head, tiny_base, pairs_folder, labelled_folder, tmp_path
+):
+    out = with_stages(
+        unbroken, tmp_path / "out", "regions", "features", "teacher", "teacher-cache", "student", "base"
+    )
+    # a recipe that is well-formed and can't be trained: phrases, and a text tower that doesn't learn
+    (tmp_path / "broken.toml").write_text(
+        'name = "broken"\n[[objectives]]\nname = "cosine"\nof = "spans"\n[train]\nspan_share = 0.5\n'
+    )
+    (tmp_path / "hubs.toml").write_text(
+        (ROOT / "dclip_qdrant/recipes/sft.toml").read_text().replace('"sft"', '"hubs"', 1)
+        + "\n[hubness]\nstrengths = [20.0]\n"
+    )
+    settings = '["train.epochs=40", "train.batch_size=8", "train.checkpoint_s=0"]'
+    (tmp_path / "s.toml").write_text(
+        'name = "s"\nseeds = [0]\n[[groups]]\ntitle = "One"\nmain = "tiny"\nset = '
+        f'{settings}\nrecipes = ["sft", "{tmp_path}/broken.toml", "{tmp_path}/hubs.toml"]\n'
+    )
+    done = job(
+        "compare",
+        "--suite",
+        tmp_path / "s.toml",
+        "--pairs",
+        pairs_folder,
+        "--base",
+        tiny_base,
+        "--labelled",
+        labelled_folder,
+        "--out",
+        out,
+        "--min-retention",
+        0,
+        env=on_head,
+    )
+    assert done.returncode == 3, done.stdout[-3000:] + done.stderr[-3000:]
+    for what in (
+        "student tiny seed 0: reused",
+        "base: reused",
+        "student sft seed 0: done",
+        "student broken seed 0: failed",
+    ):
+        assert what in done.stdout + done.stderr
+    assert "run it again: what is done is reused" in done.stderr
+    (group,) = json.loads((out / "compare.json").read_text())["groups"]
+    assert [r["name"] for r in group["rows"]] == [
+        "base",
+        "tiny",
+        "tiny+wise_ft",
+        "sft",
+        "sft+wise_ft",
+        "hubs",
+        "hubs+wise_ft",
+    ]
+    assert list(group["failures"]) == ["student broken seed 0"]
+    assert "a text tower that learns" in group["failures"]["student broken seed 0"]
+    assert {(d["of"], d["than"]) for d in group["differences"]} == {
+        ("tiny+wise_ft", "base"),
+        ("tiny+wise_ft", "sft"),
+        ("tiny+wise_ft", "sft+wise_ft"),
+        ("sft+wise_ft", "base"),
+        ("sft+wise_ft", "sft"),
+        ("hubs+wise_ft", "base"),
+        ("hubs+wise_ft", "sft"),
+        ("hubs+wise_ft", "sft+wise_ft"),
+    }
+    report = (out / "results.md").read_text()
+    assert "Failed: student broken seed 0" in report
+    assert "| tiny+wise_ft |" in report
+    weights_say_what_the_run_said(out, "hubs", tiny_base, pairs_folder)
+
+
+def weights_say_what_the_run_said(out, name, tiny_base, pairs_folder):
+    """The run measured a frozen text tower by cached vectors and a map; its weights, from the beginning, must
+    give the same figures."""
+    from safetensors.torch import load_file
+
+    from dclip_qdrant import metrics
+    from dclip_qdrant.pairs import Pairs
+    from dclip_qdrant.training.evaluate import EvalSet
+    from dclip_qdrant.training.models import two_tower
+
+    (stage,) = (
+        p.parent
+        for p in out.glob("stages/student-*/manifest.json")
+        if json.loads(p.read_text())["metrics"]["name"] == name
+    )
+    model, test = two_tower.load(str(tiny_base)), EvalSet(Pairs.open(str(pairs_folder)), "test", None)
+    base_text = test.vectors(model, cached_text=False)[1]
+    model.load_weights(load_file(stage / "weights.safetensors"))
+    # hubness turns text vectors too
+    assert abs(test.vectors(model, cached_text=False)[1] - base_text).max() > 0.01
+    got, wanted = (
+        metrics.retrieval(test.ranks(model), bootstrap=0),
+        json.loads((stage / "manifest.json").read_text())["metrics"]["chosen"]["test"],
+    )
+    for way in ("t2i", "i2t"):
+        assert got[way] == pytest.approx(wanted[way], abs=1e-6)
+
+
+def test_two_workers_give_what_one_gives(
+    unbroken, on_head, tiny_base, pairs_folder, labelled_folder, tmp_path
+):
+    with_stages(unbroken, tmp_path, "regions", "features")
+    done = job(
+        "distill",
+        *distill_args(tiny_base, pairs_folder, labelled_folder, tmp_path),
+        "--workers",
+        2,
+        env=on_head,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    wanted = json.loads((unbroken[0] / "table.json").read_text())["rows"][1]
+    got = json.loads((tmp_path / "table.json").read_text())["rows"][1]
+    for way in ("t2i", "i2t"):
+        assert got[way]["mrr"] == pytest.approx(wanted[way]["mrr"], abs=0.02)
+
+
+def test_adapt_job_ends_with_its_table(on_head, tiny_base, tmp_path):
+    import scenes
+
+    scenes.write_labelled(tmp_path / "labelled", 120)
+    arguments = (
+        "--labelled",
+        tmp_path / "labelled",
+        "--teacher",
+        tiny_base,
+        "--student",
+        tiny_base,
+        "--out",
+        tmp_path / "out",
+    )
+    wrong = job("adapt", *arguments, "--set", "shot=3", env=on_head)
+    assert wrong.returncode == 2
+    assert "did you mean 'shots'?" in wrong.stderr
+    done = job(
+        "adapt",
+        *arguments,
+        *(f for s in ("shots=2", "teacher_epochs=1", "student_epochs=1", "depth=1") for f in ("--set", s)),
+        env=on_head,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "| comkd_clip |" in done.stdout
+
+
+def test_clip_td_job_ends_with_its_table(on_head, tiny_base, tmp_path):
+    import questions
+
+    for subset, count, start in (("train", 40, 0), ("test", 10, 5000)):
+        questions.write(tmp_path, count, start=start, subset=subset)
+    arguments = (
+        "--task",
+        "snli_ve",
+        "--train",
+        tmp_path / "snli_ve_train.jsonl",
+        "--test",
+        tmp_path / "snli_ve_test.jsonl",
+        "--images",
+        tmp_path / "images",
+        "--teacher",
+        tiny_base,
+        "--out",
+        tmp_path / "out",
+        "--part",
+        "0.5",
+        *(
+            f
+            for s in ("unlabelled=true", "batch_size=8", "adapt_epochs=1", "finetune_epochs=1", "width=32")
+            for f in ("--set", s)
+        ),
+    )
+    done = job("clip_td", *arguments, env=on_head)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = json.loads((tmp_path / "out" / "clip_td.json").read_text())
+    assert [r["method"] for r in rows] == ["task alone", "naive distillation", "clip_td"]
+    assert (
+        f"| {rows[2]['examples']} | clip_td | {100 * rows[2]['figures']['snli_ve'][0]:.1f} |" in done.stdout
+    )
+    refused = job("clip_td", "--task", "vcr", *arguments[2:], env=on_head)
+    assert refused.returncode == 2
+    assert "--set unlabelled: true with --task vcr" in refused.stderr
+
+
+def test_a_command_is_submitted_and_its_output_and_exit_code_come_back(on_head, pairs_folder, tmp_path):
+    cli = ("-m", "dclip_qdrant.cli", "extract-regions", "--submit", on_head["DASHBOARD"])
+    where = ("--pairs", pairs_folder, "--out", tmp_path)
+    done = python(*cli, *where, "--recipe", "tiny", env=on_head, cwd=ROOT, code=0)
+    facts = json.loads(done.stdout.splitlines()[-1])
+    assert facts["pictures"] == 60
+    assert list(Path(facts["stage"]).glob("part-*.parquet"))
+    wrong = python(*cli, *where, "--recipe", "dclpi", env=on_head, cwd=ROOT, code=2)
+    assert "did you mean 'dclip'" in wrong.stdout + wrong.stderr
+    away = list(cli)
+    away[-1] = "http://127.0.0.1:9"
+    lost = python(*away, *where, env=on_head, cwd=ROOT, code=2)
+    assert "--submit: http://127.0.0.1:9" in lost.stderr
+
+
+def test_ingest_job_and_cli_agree(on_head, student_folder, scenes_folder, tmp_path):
+    from dclip_qdrant.serving.ingest import ingest
+    from dclip_qdrant.serving.stores import open_store
+    from dclip_qdrant.serving.student import Student
+
+    (tmp_path / "src").mkdir()
+    for i in range(12):
+        (tmp_path / "src" / f"{i}.jpg").write_bytes(
+            (scenes_folder / "images" / f"train-{i:05d}.jpg").read_bytes()
+        )
+    (tmp_path / "src" / "bad.jpg").write_text("text")
+    # a picture that the source names twice is one picture and one reject, whichever actor sees it first
+    names = [*(f"{i}.jpg" for i in range(12)), "bad.jpg", "0.jpg"]
+    source = tmp_path / "src" / "catalogue.jsonl"
+    source.write_text("".join(json.dumps({"file_name": name, "caption": "a"}) + "\n" for name in names))
+    args = (
+        source,
+        "--student",
+        student_folder,
+        "--collection",
+        "c",
+        "--edge",
+        tmp_path / "job",
+        "--rejects",
+        tmp_path / "r.jsonl",
+    )
+    done = job("ingest", *args, env=on_head)
+    assert done.returncode == 3, done.stdout[-2000:] + done.stderr[-2000:]
+    assert '"seen": 14, "embedded": 12, "unchanged": 0, "rejected": 2}' in done.stdout
+    rejects = (tmp_path / "r.jsonl").read_text()
+    assert "looks like text" in rejects
+    assert "a second picture named '0.jpg'" in rejects
+    again = job("ingest", *args, env=on_head)
+    assert '"seen": 14, "embedded": 0, "unchanged": 12, "rejected": 2}' in again.stdout
+    ours, theirs = open_store("c", edge=str(tmp_path / "cli")), open_store("c", edge=str(tmp_path / "job"))
+    report = ingest(str(source), Student.load(student_folder), ours)
+    assert (report.seen, report.embedded, report.rejected) == (14, 12, 2)
+    snapshot = lambda s: {
+        p.id: (p.payload, p.image.round(4).tolist(), p.regions.round(4).tolist())
+        for p in s.scroll(with_vectors=True)
+    }
+    assert snapshot(ours) == snapshot(theirs)
+    ours.close()
+    theirs.close()

@@ -1,0 +1,224 @@
+"""The Ray jobs on a private cluster of their own, as a user without one runs them; what they refuse before
+they start one."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from pages import check_serving, commands
+from processes import STOP_S, python, run, started, wait_until
+from ray_jobs_here import ENV, ROOT, job
+
+pytestmark = pytest.mark.slow
+
+
+def test_commands_of_the_pages_work_in_order(scenes_folder, tiny_base, tmp_path):
+    """What a reader pastes from getting-started and the README, with a small set in the place of theirs."""
+    env = {
+        **ENV,
+        "PICTURES": str(scenes_folder),
+        "BASE": str(tiny_base),
+        # every stage in seconds, with the demo's detector: options have a variable each
+        "DCLIP_DISTILL_RECIPE": "tiny",
+        "DCLIP_DISTILL_NO_COMPARE": "1",
+        "DCLIP_INGEST_DETECTOR_WEIGHTS": str(ROOT / "examples" / "demo" / "detector.pt"),
+    }
+    done = set()
+    for page in (ROOT / "docs" / "getting-started.md", ROOT / "README.md"):
+        lines = commands(page)
+        named = {line.split()[1] for line in lines}
+        assert named >= {"pairs", "distill", "ingest", "search", "tune", "serve"}
+        for line in lines:
+            if line in done:  # the same as on the other page
+                continue
+            if line.startswith("dclip-qdrant serve "):
+                check_serving(line, env, tmp_path)
+            else:
+                run(["bash", "-c", line], env=env, cwd=tmp_path, code=0)
+            done.add(line)
+
+
+def test_extract_regions_with_yolo_previews_and_resumes(pairs_folder, tmp_path):
+    args = (
+        "--pairs",
+        pairs_folder,
+        "--out",
+        tmp_path,
+        "--weights",
+        ROOT / "examples/demo/detector.pt",
+        "--set",
+        "regions.options.image_size=128",
+        "--preview",
+        3,
+    )
+    done = job("extract_regions", *args)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    facts = json.loads(done.stdout.splitlines()[-1])
+    assert facts["pictures"] == 60
+    assert "won't fully utilize" not in done.stderr  # Ray Data, when there are fewer blocks than actors
+    # the detector's mAP50 is 0.99 on such scenes, which hold 2 to 4 things
+    assert 2 * 60 <= facts["boxes"] <= 5 * 60
+    stage = Path(facts["stage"])
+    assert len(list((stage / "preview").glob("*.jpg"))) == 3
+    # half of it lost: only that half is done again
+    parts = sorted(stage.glob("part-*.parquet"))
+    (stage / "manifest.json").unlink()
+    parts[0].unlink()
+    again = job("extract_regions", *args)
+    assert re.search(r"\d+ of 60 pictures are there already", again.stderr)
+    assert json.loads(again.stdout.splitlines()[-1])["boxes"] == facts["boxes"]
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "code", "says"),
+    [
+        ("distill", ("--pairs", "/no/such", "--base", "x", "--out", "/tmp/x"), 2, "no such file or folder"),
+        (
+            "distill",
+            ("--pairs", "PAIRS", "--base", "/no/such/base", "--out", "/tmp/x", "--recipe", "tiny"),
+            2,
+            "/no/such/base: no such folder",
+        ),
+        (
+            "distill",
+            ("--pairs", "PAIRS", "--base", "BASE", "--out", "/tmp/x", "--recipe", "dclpi"),
+            2,
+            "did you mean 'dclip'",
+        ),
+        (
+            "distill",
+            ("--pairs", "PAIRS", "--base", "BASE", "--out", "/tmp/x", "--set", "train.epoch=1"),
+            2,
+            "did you mean 'epochs'",
+        ),
+        (
+            "distill",
+            ("--pairs", "PAIRS", "--base", "BASE", "--out", "/tmp/x", "--weights", "/no/such.pt"),
+            2,
+            "no file /no/such.pt",
+        ),
+        (
+            "distill",
+            ("--pairs", "PAIRS", "--base", "BASE", "--out", "/tmp/x", "--recipe", "tiny", "--seeds", "1,x"),
+            2,
+            "numbers with commas",
+        ),
+        ("evaluate", ("--student", "/no/such", "--pairs", "PAIRS"), 1, "no such folder"),
+    ],
+)
+def test_mistakes_are_said_before_any_work(name, args, code, says, tiny_base, pairs_folder):
+    places = {"PAIRS": str(pairs_folder), "BASE": str(tiny_base)}
+    done = job(name, *(places.get(a, a) for a in args))
+    assert done.returncode == code, done.stderr
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_relative_path_in_a_submitted_job_is_refused(monkeypatch, tmp_path):
+    from dclip_qdrant.errors import UsageError
+    from dclip_qdrant.jobs import cluster
+
+    inside = tmp_path / "runtime_resources" / "working_dir_files" / "_ray_pkg_1"
+    inside.mkdir(parents=True)
+    monkeypatch.chdir(inside)
+    with pytest.raises(UsageError, match="uploaded copy.*absolute path"):
+        cluster.absolute("runs", "--out")
+    assert cluster.absolute("/runs", "--out") == "/runs"
+    assert cluster.absolute("s3://b/runs", "--out") == "s3://b/runs"
+
+
+def test_serve_job_answers_as_the_student_does_and_stops_when_asked(student_folder, tmp_path):
+    import socket
+    from concurrent.futures import ThreadPoolExecutor
+
+    import httpx
+
+    from dclip_qdrant.serving.student import Student
+
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    command = [
+        sys.executable,
+        "ray_jobs/serve.py",
+        "--student",
+        str(student_folder),
+        "--port",
+        str(port),
+        "--max-replicas",
+        "2",
+    ]
+    log = (tmp_path / "log").open("w+")
+    with started(command, cwd=ROOT, env=ENV, stdout=log, stderr=subprocess.STDOUT) as process:
+        wait_until(lambda: " at http" in (tmp_path / "log").read_text(), process, log=tmp_path / "log")
+        texts = [f"a red star number {i}" for i in range(40)]
+        body = lambda t, model="dclip/tiny": {
+            "inputs": [{"data": t, "data_type": "text", "model": model}],
+            "inference": "search",
+        }
+        with (
+            httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=300, trust_env=False) as client,
+            ThreadPoolExecutor(20) as pool,
+        ):
+            answers = list(
+                pool.map(lambda t: client.post("/inference", json=body(t)).json()["embeddings"][0], texts)
+            )
+            assert client.post("/inference", json=body("x", "dclip/other")).status_code == 400
+        process.terminate()
+        assert process.wait(5 * STOP_S) == 0
+    log.close()
+    wanted = Student.load(student_folder).embed_texts(texts)
+    for got, vector in zip(answers, wanted, strict=True):
+        assert got == pytest.approx(vector.tolist(), abs=1e-5)
+
+
+def test_serve_job_refuses_an_open_door(student_folder):
+    done = job("serve", "--student", student_folder, "--host", "0.0.0.0")
+    assert done.returncode == 2
+    assert "--host: 0.0.0.0 can be reached by others" in done.stderr.strip().splitlines()[-1]
+
+
+def test_a_detector_leaves_the_process_as_it_was(tmp_path):
+    """ultralytics swaps Image.open for its own (pictures would then be refused for other reasons) and takes a
+    core away from torch."""
+    code = """
+import os, torch
+from PIL import Image
+before, threads = Image.open, max(3, torch.get_num_threads())
+torch.set_num_threads(threads)
+from dclip_qdrant.detectors.yolo import Yolo
+Yolo("yolo11n.yaml", image_size=64)([Image.new("RGB", (64, 64))])
+assert Image.open is before
+assert torch.get_num_threads() == threads
+assert "OMP_NUM_THREADS" not in os.environ
+from dclip_qdrant.pictures import images
+try:
+    images.open_rgb(b"<svg/>", "x")
+except images.ImageError as e:
+    assert "not a picture (it looks like text)" in str(e), e
+"""
+    env = {k: v for k, v in ENV.items() if k != "OMP_NUM_THREADS"}
+    python("-c", code, cwd=tmp_path, env=env, code=0)
+
+
+def test_a_checkpoint_that_would_run_something_is_refused(tmp_path):
+    import torch
+
+    from dclip_qdrant.detectors.yolo import _check_pickle
+    from dclip_qdrant.errors import InputError
+
+    class Evil:
+        def __reduce__(self):
+            return os.system, ("echo pwned",)
+
+    torch.save({"model": Evil()}, tmp_path / "evil.pt")
+    with pytest.raises(InputError, match="would run .*system"):
+        _check_pickle(tmp_path / "evil.pt")
+    _check_pickle(ROOT / "examples" / "demo" / "detector.pt")
+    (tmp_path / "text.pt").write_text("not a checkpoint")
+    with pytest.raises(InputError, match="not a torch checkpoint"):
+        _check_pickle(tmp_path / "text.pt")

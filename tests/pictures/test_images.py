@@ -1,0 +1,122 @@
+"""The one door for pictures: what comes in right side up, what is refused and why."""
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dclip_qdrant.errors import ImageError
+from dclip_qdrant.pictures import images
+
+
+def encoded(image, form, **options):
+    buffer = io.BytesIO()
+    image.save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def corner():
+    """Red in the upper left corner, blue elsewhere; 40 x 20."""
+    a = np.zeros((20, 40, 3), np.uint8)
+    a[..., 2] = 255
+    a[:10, :20] = (255, 0, 0)
+    return Image.fromarray(a)
+
+
+def near(pixel, colour, slack=40):
+    return all(abs(int(a) - b) <= slack for a, b in zip(pixel, colour, strict=True))
+
+
+def test_exif_rotation_is_applied(corner):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # "rotate 90 clockwise to show upright"
+    data = encoded(corner, "JPEG", exif=exif, quality=95)
+    out = images.open_rgb(data, "x")
+    assert out.size == (20, 40)
+    assert near(out.getpixel((17, 3)), (255, 0, 0))  # the corner has gone to the upper right
+    assert near(out.getpixel((3, 35)), (0, 0, 255))
+
+
+def test_cmyk(corner):
+    out = images.open_rgb(encoded(corner.convert("CMYK"), "JPEG", quality=95), "x")
+    assert out.mode == "RGB"
+    assert near(out.getpixel((5, 3)), (255, 0, 0), 60)
+
+
+def test_sixteen_bit_grey_is_scaled_not_clipped():
+    deep = np.full((8, 8), 0x8000, np.uint16)
+    deep[0, 0] = 0xFFFF
+    out = images.open_rgb(encoded(Image.fromarray(deep), "PNG"), "x")
+    assert out.getpixel((4, 4)) == (128, 128, 128)
+    assert out.getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_palette_with_alpha_is_laid_on_white(corner):
+    rgba = corner.convert("RGBA")
+    rgba.putalpha(Image.fromarray(np.where(np.arange(40)[None] < 20, 255, 0).astype(np.uint8).repeat(20, 0)))
+    out = images.open_rgb(encoded(rgba.quantize(8), "PNG"), "x")
+    assert near(out.getpixel((5, 3)), (255, 0, 0))
+    assert near(out.getpixel((35, 3)), (255, 255, 255))
+
+
+def test_animation_gives_its_first_frame(corner):
+    other = Image.new("RGB", corner.size, (0, 255, 0))
+    out = images.open_rgb(encoded(corner, "GIF", save_all=True, append_images=[other]), "x")
+    assert near(out.getpixel((5, 3)), (255, 0, 0))
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "1", "RGBA", "P"])
+def test_every_common_mode_becomes_rgb(corner, mode):
+    assert images.open_rgb(encoded(corner.convert(mode), "PNG"), "x").mode == "RGB"
+
+
+def png_that_claims(width, height):
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", head)
+        + chunk(b"IDAT", zlib.compress(b"\0" * 1000))
+        + chunk(b"IEND", b"")
+    )
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (b"", "an empty file"),
+        (b"this is a text file, named .jpg\n", "it looks like text"),
+        (b"\x00\x01\x02\x03" * 20, "not a picture"),
+        (png_that_claims(20_000, 20_000), "bomb of 400,000,000 pixels"),
+        (png_that_claims(9_500, 9_500), "9500 x 9500 pixels"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", "not a picture"),
+    ],
+)
+def test_bad_files_are_refused_with_a_reason(data, says):
+    with pytest.raises(ImageError, match=says) as e:
+        images.open_rgb(data, "some/where.jpg")
+    assert str(e.value).startswith("some/where.jpg: ")
+    assert "\n" not in str(e.value)
+
+
+def test_truncated_jpeg_is_refused(corner):
+    data = encoded(corner.resize((400, 200)), "JPEG")
+    with pytest.raises(ImageError, match="can't be decoded"):
+        images.open_rgb(data[: len(data) // 2], "x")
+
+
+def test_pixel_hash_sees_through_names_and_lossless_packing(corner):
+    a, b = images.open_rgb(encoded(corner, "PNG"), "a"), images.open_rgb(encoded(corner, "BMP"), "b")
+    assert images.pixel_hash(a) == images.pixel_hash(b)
+    assert images.pixel_hash(a) != images.pixel_hash(a.transpose(Image.Transpose.ROTATE_180))
+
+
+def test_a_missing_file_is_an_image_error(tmp_path):
+    with pytest.raises(ImageError, match="No such file"):
+        images.read(tmp_path / "none.jpg")

@@ -1,10 +1,12 @@
 """Makes the two small models that the demo starts from; run once, results are kept beside this file.
 
-    python examples/demo/make_base.py clip       # base/: a 1.6 M parameter CLIP (without its word table), 20 minutes on one core
-    python examples/demo/make_base.py detector   # detector.pt: a very small YOLO, 15 minutes on one core
+    python examples/demo/make_base.py clip       # base/: a 1.6 M parameter CLIP (without its word table), 20
+    minutes on one core python examples/demo/make_base.py detector   # detector.pt: a very small YOLO, 15
+    minutes on one core
 
-The CLIP learns plain InfoNCE on `general` scenes only: one or two objects, short captions. It has never seen a team scene. Rows of the word
-table that no caption uses are zero, so that the file packs well. `detector.pt` is trained with Ultralytics and is AGPL-3.0 like that library.
+The CLIP learns plain InfoNCE on `general` scenes only: one or two objects, short captions. It has never seen
+a team scene. Rows of the word table that no caption uses are zero, so that the file packs well. `detector.pt`
+is trained with Ultralytics and is AGPL-3.0 like that library.
 """
 
 import argparse
@@ -22,7 +24,13 @@ CONFIG = {
         "vision_cfg": {"image_size": 64, "layers": 4, "width": 128, "head_width": 32, "patch_size": 8},
         "text_cfg": {"context_length": 40, "vocab_size": 49408, "width": 96, "heads": 4, "layers": 3},
     },
-    "preprocess_cfg": {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5], "size": 64, "interpolation": "bicubic", "resize_mode": "shortest"},
+    "preprocess_cfg": {
+        "mean": [0.5, 0.5, 0.5],
+        "std": [0.5, 0.5, 0.5],
+        "size": 64,
+        "interpolation": "bicubic",
+        "resize_mode": "shortest",
+    },
 }
 
 
@@ -70,7 +78,8 @@ def clip(steps: int, batch: int) -> None:
     (HERE / "base").mkdir(exist_ok=True)
     model.token_embedding.weight.data *= torch.zeros(49408, 1).index_fill(0, tokens.unique(), 1.0)
     save_file(
-        {k: v.half().contiguous() for k, v in model.state_dict().items() if k != "attn_mask"}, HERE / "base/open_clip_model.safetensors"
+        {k: v.half().contiguous() for k, v in model.state_dict().items() if k != "attn_mask"},
+        HERE / "base/open_clip_model.safetensors",
     )
     (HERE / "base/open_clip_config.json").write_text(json.dumps(CONFIG, indent=1) + "\n")
 
@@ -92,10 +101,14 @@ def detector(epochs: int) -> None:
             lines = []
             for thing in s.things:
                 x0, y0, x1, y1 = (v / scenes.SIZE for v in thing.box)
-                lines.append(f"{scenes.SHAPES.index(thing.shape)} {(x0 + x1) / 2} {(y0 + y1) / 2} {x1 - x0} {y1 - y0}")
+                lines.append(
+                    f"{scenes.SHAPES.index(thing.shape)} {(x0 + x1) / 2} {(y0 + y1) / 2} {x1 - x0} {y1 - y0}"
+                )
             (work / split / "labels" / f"{i}.txt").write_text("\n".join(lines))
     (work / "data.yaml").write_text(
-        yaml.safe_dump({"path": str(work), "train": "train/images", "val": "val/images", "names": list(scenes.SHAPES)})
+        yaml.safe_dump(
+            {"path": str(work), "train": "train/images", "val": "val/images", "names": list(scenes.SHAPES)}
+        )
     )
     import ultralytics
 
@@ -104,15 +117,29 @@ def detector(epochs: int) -> None:
     spec["nc"] = len(scenes.SHAPES)
     (work / "yolo11n-half.yaml").write_text(yaml.safe_dump(spec))
     YOLO(work / "yolo11n-half.yaml").train(
-        data=work / "data.yaml", imgsz=128, epochs=epochs, batch=32, device="cpu", workers=0, seed=0, project=work / "runs",
-        fliplr=0.0, mosaic=0.5, plots=False, optimizer="AdamW", lr0=2e-3, amp=False,
-    )  # fmt: skip
+        data=work / "data.yaml",
+        imgsz=128,
+        epochs=epochs,
+        batch=32,
+        device="cpu",
+        workers=0,
+        seed=0,
+        project=work / "runs",
+        fliplr=0.0,
+        mosaic=0.5,
+        plots=False,
+        optimizer="AdamW",
+        lr0=2e-3,
+        amp=False,
+    )
     (best,) = work.rglob("best.pt")
     shutil.copy(best, HERE / "detector.pt")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=("clip", "detector"))
     parser.add_argument("--steps", type=int, default=1100)
     parser.add_argument("--epochs", type=int, default=30)

@@ -1,7 +1,9 @@
-"""Renders captioned scenes: several objects with attributes and spatial relations, five wordings each, true boxes known.
+"""Renders captioned scenes: several objects with attributes and spatial relations, five wordings each, true
+boxes known.
 
-Two domains, as in life. `general` is what a pretrained CLIP has seen: one or two plain objects with short captions. `team` is what a
-team brings: two to four objects, patterns, relations, captions that each tell only a part of the picture. Everything follows from the seed.
+Two domains, as in life. `general` is what a pretrained CLIP has seen: one or two plain objects with short
+captions. `team` is what a team brings: two to four objects, patterns, relations, captions that each tell only
+a part of the picture. Everything follows from the seed.
 """
 
 import io
@@ -13,11 +15,32 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-SHAPES = ("circle", "square", "triangle", "star", "heart", "cross", "moon", "ring", "diamond", "arrow", "hexagon", "house")
+SHAPES = (
+    "circle",
+    "square",
+    "triangle",
+    "star",
+    "heart",
+    "cross",
+    "moon",
+    "ring",
+    "diamond",
+    "arrow",
+    "hexagon",
+    "house",
+)
 COLOURS = {
-    "red": (215, 40, 40), "blue": (45, 80, 215), "green": (40, 160, 60), "yellow": (240, 210, 40), "purple": (135, 50, 170),
-    "orange": (245, 140, 30), "pink": (245, 130, 180), "brown": (125, 75, 40), "black": (25, 25, 25), "white": (250, 250, 250),
-}  # fmt: skip
+    "red": (215, 40, 40),
+    "blue": (45, 80, 215),
+    "green": (40, 160, 60),
+    "yellow": (240, 210, 40),
+    "purple": (135, 50, 170),
+    "orange": (245, 140, 30),
+    "pink": (245, 130, 180),
+    "brown": (125, 75, 40),
+    "black": (25, 25, 25),
+    "white": (250, 250, 250),
+}
 PATTERNS = ("plain", "striped", "dotted", "checked")
 SIZE = 128  # pixels a side; the demo's student sees 64, so crops show what the whole picture hides
 
@@ -31,13 +54,13 @@ class Thing:
     box: tuple[int, int, int, int]  # x0, y0, x1, y1 in pixels
 
     def words(self, *, size: bool = False, pattern: bool = True) -> str:
-        said = [
+        words = [
             ("large" if self.large else "small") if size else "",
             self.pattern if pattern and self.pattern != "plain" else "",
             self.colour,
             self.shape,
         ]
-        return " ".join(w for w in said if w)
+        return " ".join(w for w in words if w)
 
 
 @dataclass(frozen=True)
@@ -60,7 +83,12 @@ def _mask(shape: str, n: int) -> Image.Image:
         d.polygon(at((0.5, 0), (1, 1), (0, 1)), 255)
     elif shape == "star":
         r = [0.5 if k % 2 == 0 else 0.2 for k in range(10)]
-        d.polygon(at(*((0.5 + r[k] * np.sin(np.pi * k / 5), 0.5 - r[k] * np.cos(np.pi * k / 5)) for k in range(10))), 255)
+        d.polygon(
+            at(
+                *((0.5 + r[k] * np.sin(np.pi * k / 5), 0.5 - r[k] * np.cos(np.pi * k / 5)) for k in range(10))
+            ),
+            255,
+        )
     elif shape == "heart":
         d.ellipse((0, 0, n * 0.54, n * 0.54), 255)
         d.ellipse((n * 0.46, 0, n - 1, n * 0.54), 255)
@@ -105,7 +133,9 @@ def _background(rng: random.Random) -> Image.Image:
     """A soft gradient with grain: no two alike, none in an object's colours."""
     g = np.random.default_rng(rng.getrandbits(32))
     corners = g.uniform(150, 225, (2, 2, 1)) + g.uniform(-12, 12, (2, 2, 3))
-    soft = np.array(Image.fromarray(corners.astype(np.uint8)).resize((SIZE, SIZE), Image.Resampling.BICUBIC), float)
+    soft = np.array(
+        Image.fromarray(corners.astype(np.uint8)).resize((SIZE, SIZE), Image.Resampling.BICUBIC), float
+    )
     return Image.fromarray((soft + g.normal(0, 6, (SIZE, SIZE, 1))).clip(0, 255).astype(np.uint8))
 
 
@@ -118,7 +148,13 @@ def _place(rng: random.Random, count: int, patterns: tuple[str, ...], grow: floa
         n = int((rng.uniform(40, 50) if large else rng.uniform(22, 29)) * grow)
         x, y = rng.randint(2, SIZE - n - 2), rng.randint(2, SIZE - n - 2)
         box = (x, y, x + n, y + n)
-        if any(box[0] < t.box[2] + 3 and t.box[0] < box[2] + 3 and box[1] < t.box[3] + 3 and t.box[1] < box[3] + 3 for t in things):
+        if any(
+            box[0] < t.box[2] + 3
+            and t.box[0] < box[2] + 3
+            and box[1] < t.box[3] + 3
+            and t.box[1] < box[3] + 3
+            for t in things
+        ):
             continue
         thing = Thing(rng.choice(SHAPES), rng.choice(tuple(COLOURS)), rng.choice(patterns), large, box)
         if not any((t.shape, t.colour) == (thing.shape, thing.colour) for t in things):
@@ -172,12 +208,22 @@ def _team_captions(rng: random.Random, things: list[Thing]) -> tuple[str, ...]:
 def _general_captions(rng: random.Random, things: list[Thing]) -> tuple[str, ...]:
     t = things[0]
     if len(things) == 1:
-        choices = [f"a photo of {a_or_an(t.shape)}.", a_or_an(t.words(pattern=False)), f"a photo of {a_or_an(t.words(size=True, pattern=False))}.",
-                   f"{a_or_an(t.colour)} thing", a_or_an(t.words()), f"a drawing of {a_or_an(t.shape)}"]  # fmt: skip
+        choices = [
+            f"a photo of {a_or_an(t.shape)}.",
+            a_or_an(t.words(pattern=False)),
+            f"a photo of {a_or_an(t.words(size=True, pattern=False))}.",
+            f"{a_or_an(t.colour)} thing",
+            a_or_an(t.words()),
+            f"a drawing of {a_or_an(t.shape)}",
+        ]
     else:
         u = things[1]
-        choices = [f"{a_or_an(t.shape)} and {a_or_an(u.shape)}", f"{a_or_an(t.words(pattern=False))} and {a_or_an(u.words(pattern=False))}",
-                   f"{a_or_an(t.colour)} thing and {a_or_an(u.colour)} thing", f"a photo of {a_or_an(t.words())} with {a_or_an(u.shape)}"]  # fmt: skip
+        choices = [
+            f"{a_or_an(t.shape)} and {a_or_an(u.shape)}",
+            f"{a_or_an(t.words(pattern=False))} and {a_or_an(u.words(pattern=False))}",
+            f"{a_or_an(t.colour)} thing and {a_or_an(u.colour)} thing",
+            f"a photo of {a_or_an(t.words())} with {a_or_an(u.shape)}",
+        ]
     return (rng.choice(choices),)
 
 
@@ -205,7 +251,8 @@ def jpeg(image: Image.Image) -> bytes:
 
 
 def write_team(folder: Path, *, train: int, val: int, test: int, seed: int = 0) -> None:
-    """A folder as a team would bring it: `images/*.jpg` and `captions.jsonl` (file, captions, split, true boxes)."""
+    """A folder as a team would bring it: `images/*.jpg` and `captions.jsonl` (file, captions, split, true
+    boxes)."""
     (folder / "images").mkdir(parents=True, exist_ok=True)
     rows = []
     for split, count, start in (("train", train, 0), ("val", val, 1_000_000), ("test", test, 2_000_000)):
@@ -213,8 +260,15 @@ def write_team(folder: Path, *, train: int, val: int, test: int, seed: int = 0) 
             s = scene(start + i + seed * 10_000_000)
             name = f"images/{split}-{i:05d}.jpg"
             (folder / name).write_bytes(jpeg(s.image))
-            rows.append({"file_name": name, "captions": s.captions, "split": split,
-                         "boxes": [t.box for t in s.things], "labels": [t.shape for t in s.things]})  # fmt: skip
+            rows.append(
+                {
+                    "file_name": name,
+                    "captions": s.captions,
+                    "split": split,
+                    "boxes": [t.box for t in s.things],
+                    "labels": [t.shape for t in s.things],
+                }
+            )
     (folder / "captions.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
 
 

@@ -159,12 +159,7 @@ def ingest(request: IngestRequest) -> Report:
     snapshot = None
     store = open_store(**request.store)
     try:
-        prepare_collection(
-            store,
-            Student.load(request.student),
-            request.spec or CollectionSpec.load(),
-            with_regions=bool(request.detector or request.regions),
-        )
+        prepare_collection(store, Student.load(request.student), request.spec or CollectionSpec.load())
         if request.store.get("edge"):
             held = {p.id: {name: p.payload.get(name) for name in CHECKED} for p in store.scroll()}
             snapshot = ray.put(held)

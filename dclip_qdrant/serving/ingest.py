@@ -19,7 +19,7 @@ from dclip_qdrant.errors import DclipError, InputError, PointError
 from dclip_qdrant.pairs.readers import SourcePicture, read_any
 from dclip_qdrant.pairs.region_files import load_regions
 from dclip_qdrant.pictures.regions import Regions
-from dclip_qdrant.serving.collection import META, CollectionSpec, check_student, metadata_of
+from dclip_qdrant.serving.collection import CollectionSpec, check_student, metadata_of
 from dclip_qdrant.serving.embedder import Embedder, Layout
 from dclip_qdrant.serving.items import Item, Payload, RejectsFile, Report
 from dclip_qdrant.serving.stores import Point, Store
@@ -182,16 +182,12 @@ def source_items(
     return (Item.of(picture, prefix, captions) for picture in islice(wanted, limit))
 
 
-def prepare_collection(store: Store, student: Student, spec: CollectionSpec, *, with_regions: bool) -> None:
-    """Creates the collection, or makes sure that this student filled it; notes whether it gets regions.
-    Raises MismatchError."""
-    if not store.exists():
-        store.create(spec, student.dim, metadata_of(student, regions=with_regions))
-        return
-    metadata = store.metadata()
-    check_student(metadata, student, store.name)
-    if with_regions and not metadata[META].get("regions"):
-        store.set_metadata(metadata | {META: metadata[META] | {"regions": True}})
+def prepare_collection(store: Store, student: Student, spec: CollectionSpec) -> None:
+    """Creates the collection, or makes sure that this student filled it. Raises MismatchError."""
+    if store.exists():
+        check_student(store.metadata(), student, store.name)
+    else:
+        store.create(spec, student.dim, metadata_of(student))
 
 
 def ingest(
@@ -249,6 +245,6 @@ def ingest(
         captions=captions,
         limit=limit,
     )
-    prepare_collection(store, loaded, wish, with_regions=embedder.regions_from is not None)
+    prepare_collection(store, loaded, wish)
     judge = PictureJudge(embedder.regions_from, replace=replace, keys=LocalKeys())
     return run(items, judge, embedder, store, rejects=rejects, progress=progress)

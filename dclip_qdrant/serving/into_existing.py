@@ -104,8 +104,7 @@ def ingest_into(
     if not guest.hosts:
         came = f"no point of {store.name} has text in {field!r}"
         raise UsageError("`into_existing`", came, "the payload field that holds each picture's key")
-    with_regions = embedder.regions_from is not None or bool(ours and ours.get("regions"))
-    remembered = metadata_of(embedder.student, field=field, regions=with_regions)
+    remembered = metadata_of(embedder.student, field=field)
     store.move_in(spec or CollectionSpec.load(), embedder.student.dim, remembered, MARK)
     items = source_items(
         source, images_root=images_root, prefix=prefix, splits=splits, captions=captions, limit=limit

@@ -69,13 +69,7 @@ def reindex(
     if new_store.exists():
         check_student(new_store.metadata(), student, name)
     else:
-        metadata = metadata_of(
-            student,
-            replaces=old,
-            created=now(),
-            carried=remembered.get("student"),
-            regions=bool(remembered.get("regions")),
-        )
+        metadata = metadata_of(student, replaces=old, created=now(), carried=remembered.get("student"))
         new_store.create(spec or CollectionSpec.load(), student.dim, metadata)
     points = _own_points(old_store)
     if source:

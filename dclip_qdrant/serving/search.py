@@ -133,9 +133,6 @@ def search(
     vector = student.embed_images([image])[0] if image is not None else student.embed_texts([text or ""])[0]
     fusion = fusion or Fusion.of(metadata)
     hybrid, by_regions = mode == "hybrid", mode == "regions"
-    if (by_regions or (hybrid and fusion.regions > 0)) and not metadata[META].get("regions"):
-        came = f"{store.name} has no regions: every picture was ingested whole"
-        raise UsageError(f"`mode` {mode}", came, do="ingest with a `detector`, or search with `mode` dense")
     query = Query(
         limit=limit,
         vector=vector,
@@ -152,6 +149,10 @@ def search(
         points = _diverse_points(store, query, diversity)
     else:
         points = store.query(query)
+    if query.with_regions and points and not any(_has_regions(point) for point in points):
+        # the order would be the dense one under another name
+        came = f"{store.name} has no regions: the pictures found were ingested whole"
+        raise UsageError(f"`mode` {mode}", came, do="ingest with a `detector`, or search with `mode` dense")
     stages = _stages(store, query) if explain else None
     hits = []
     for point in points:
@@ -176,6 +177,12 @@ def _check(text: str | None, image: images.Picture | None, mode: str, limit: int
         raise UsageError("`limit`", str(limit), "1 or more")
     if not 0 <= diversity <= 1:
         raise UsageError("`diversity`", str(diversity), "0 to 1")
+
+
+def _has_regions(point: ScoredPoint) -> bool:
+    """Whether regions were looked for in this picture: its vectors are its own and theirs. A detector may
+    have found none."""
+    return bool(point.payload.get("detector")) or (point.regions is not None and len(point.regions) > 1)
 
 
 def _diverse_points(store: Store, query: Query, diversity: float) -> list[ScoredPoint]:

@@ -15,10 +15,12 @@ from processes import run, started
 from dclip_qdrant.detectors.grid import Grid
 from dclip_qdrant.errors import MismatchError, PointError, UsageError
 from dclip_qdrant.pictures import images
+from dclip_qdrant.pictures.regions import Regions
+from dclip_qdrant.serving.collection import CollectionSpec
 from dclip_qdrant.serving.ingest import ingest
 from dclip_qdrant.serving.items import point_id
 from dclip_qdrant.serving.search import Fusion, _diverse, parse_filter, search
-from dclip_qdrant.serving.stores import Condition, open_store
+from dclip_qdrant.serving.stores import Condition, Point, open_store
 from dclip_qdrant.serving.stores.exact import Exact
 from dclip_qdrant.serving.student import Student
 
@@ -244,6 +246,30 @@ def test_regions_are_refused_where_there_are_none(student, scenes_folder):
         search(store, student, text="a red star", mode="hybrid", fusion=Fusion(regions=0.5))
     ingest(str(scenes_folder), student, store, limit=5, detector=Grid())
     assert len(search(store, student, text="a red star", mode="regions", limit=5)) == 5
+
+
+class FindsNothing:
+    fingerprint = "nothing"
+
+    def __call__(self, pictures):
+        return [Regions() for _ in pictures]
+
+
+def test_pictures_without_a_box_are_no_reason_to_refuse_regions(student, scenes_folder):
+    store = Exact("c")
+    ingest(str(scenes_folder), student, store, limit=5, detector=FindsNothing())
+    hits = search(store, student, text="a red star", mode="regions", limit=1)
+    assert hits[0].box is None
+
+
+def test_regions_that_another_program_wrote_are_searched(student, scenes_folder):
+    """Vectors say that there are regions; our payload needn't."""
+    ours, theirs = Exact("c"), Exact("theirs")
+    ingest(str(scenes_folder), student, ours, limit=5, detector=Grid())
+    theirs.create(CollectionSpec.load(), student.dim, ours.metadata())
+    theirs.upsert([Point(p.id, p.image, p.regions, {"sku": p.id}) for p in ours.scroll(with_vectors=True)])
+    found = [search(store, student, text="a red star", mode="regions") for store in (ours, theirs)]
+    assert [hit.id for hit in found[0]] == [hit.id for hit in found[1]]
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,9 @@ from pathlib import Path
 from processes import python
 
 ROOT = Path(__file__).resolve().parents[1]
+ELSEWHERE = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")  # somebody's own cluster
 ENV = {
-    **os.environ,
+    **{name: value for name, value in os.environ.items() if name not in ELSEWHERE},
     "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_AUTH_MODE": "disabled",

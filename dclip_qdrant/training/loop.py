@@ -137,7 +137,8 @@ def fit(
             task.begin(epoch)
             coming = ahead.submit(task.batch, rows[first_step], epoch) if first_step < steps else None
             for step in range(first_step, steps):
-                batch = coming.result() if coming else task.batch(rows[step], epoch)
+                assert coming is not None  # while there are steps
+                batch = coming.result()
                 coming = ahead.submit(task.batch, rows[step + 1], epoch) if step + 1 < steps else None
                 factor = rate(epoch * steps + step, epochs * steps, warmup, schedule)
                 for g, lr in zip(opt.param_groups, base_lr, strict=True):

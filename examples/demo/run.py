@@ -31,9 +31,10 @@ from dclip_qdrant.jobs.cluster import CPU_SETTINGS
 OUT = ROOT / "demo"
 SIZES = {"train": 1000, "val": 300, "test": 600}
 BIN = Path(sys.executable).parent
+ELSEWHERE = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")  # Ray prefers these to the address that it is given
 ENV = {
     **CPU_SETTINGS,
-    **os.environ,
+    **{name: value for name, value in os.environ.items() if name not in ELSEWHERE},
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_AUTH_MODE": "disabled",
     "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",

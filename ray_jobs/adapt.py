@@ -4,7 +4,7 @@ ray job submit --working-dir . -- python ray_jobs/adapt.py ...
 """
 
 from dclip_qdrant.cli import front
-from dclip_qdrant.cli.train import adapt_command
+from dclip_qdrant.cli.tasks import adapt_command
 
 if __name__ == "__main__":
     front.run(adapt_command)

@@ -4,7 +4,7 @@ ray job submit --working-dir . -- python ray_jobs/ingest.py ...
 """
 
 from dclip_qdrant.cli import front
-from dclip_qdrant.cli.collections import ingest_on_ray_command
+from dclip_qdrant.cli.ingest import ingest_on_ray_command
 
 if __name__ == "__main__":
     front.run(ingest_on_ray_command)

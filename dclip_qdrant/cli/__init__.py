@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from dclip_qdrant import __version__
-from dclip_qdrant.cli import change, collections, data, front, serving_apps, students, train
+from dclip_qdrant.cli import change, collections, data, front, ingest, serving_apps, students, tasks, train
 from dclip_qdrant.cli.commands import Group
 from dclip_qdrant.errors import UsageError
 
@@ -84,8 +84,8 @@ def main(ctx: click.Context, config: str | None) -> None:
 
 
 main.add_section("Data", data.COMMANDS)
-main.add_section("Students", (*train.COMMANDS, *students.COMMANDS))
-main.add_section("Collections", (*collections.COMMANDS, *change.COMMANDS))
+main.add_section("Students", (*train.COMMANDS, *tasks.COMMANDS, *students.COMMANDS))
+main.add_section("Collections", (*ingest.COMMANDS, *collections.COMMANDS, *change.COMMANDS))
 main.add_section("Serving", serving_apps.COMMANDS)
 main.add_section("Recipes", (students.recipes_group,))
 

@@ -19,6 +19,19 @@ def flag_of(parameter: click.Parameter) -> str:
     return max(parameter.opts, key=len)
 
 
+class RenamedOption(click.Option):
+    """An option that is still understood by the names it had before, which its help doesn't show."""
+
+    def __init__(self, *args: Any, former: Sequence[str] = (), **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.former = list(former)
+
+    def add_to_parser(self, parser: Any, ctx: click.Context) -> None:
+        super().add_to_parser(parser, ctx)
+        action = "append" if self.multiple else "store"
+        parser.add_option(obj=self, opts=self.former, dest=self.name, action=action, nargs=self.nargs)
+
+
 class Command(click.Command):
     """A command with an example; library errors that pass through it name its flags."""
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dclip_qdrant.cli import front
+from dclip_qdrant.cli.commands import RenamedOption
 from dclip_qdrant.errors import PartialError, UsageError
 
 if TYPE_CHECKING:
@@ -55,6 +56,13 @@ rejects_option = click.option(
     help="Where rejected pictures are listed.  [default: COLLECTION-rejects.jsonl]",
 )
 
+
+def detector_weights_option(help_text: str) -> Decorator:
+    return click.option(
+        "--detector-weights", cls=RenamedOption, former=["--weights"], metavar="FILE", help=help_text
+    )
+
+
 place_options = together(
     click.option(
         "--url",
@@ -87,12 +95,7 @@ store_options = together(
 )
 detector_options = together(
     click.option("--detector", metavar="NAME", help="Finds regions: yolo, grid, or package.module:Class."),
-    click.option(
-        "--detector-weights",
-        metavar="FILE",
-        help="The detector's weights: a file, or a name that it fetches.",
-    ),
-    click.option("--weights", "detector_weights_too", hidden=True),
+    detector_weights_option("The detector's weights: a file, or a name that it fetches."),
     click.option(
         "--detector-set",
         "detector_settings",
@@ -113,9 +116,9 @@ def number_list(_: click.Context, parameter: click.Parameter, value: str | None)
         raise click.BadParameter(f"{value!r}: expected numbers with commas, e.g. 0,1,2") from None
 
 
-def name_list(_: click.Context, parameter: click.Parameter, value: str | None) -> tuple[str, ...]:
-    """`train,val` -> ("train", "val")."""
-    return tuple(name.strip() for name in value.split(",") if name.strip()) if value else ()
+def name_list(_: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
+    """`train,val` -> ("train", "val"); of an option that may be repeated."""
+    return tuple(name.strip() for value in values for name in value.split(",") if name.strip())
 
 
 def detector_arguments(

@@ -6,7 +6,13 @@ import click
 
 from dclip_qdrant.cli import front
 from dclip_qdrant.cli.commands import command
-from dclip_qdrant.cli.options import detector_arguments, make_detector, table_or_json, together
+from dclip_qdrant.cli.options import (
+    detector_arguments,
+    detector_weights_option,
+    make_detector,
+    table_or_json,
+    together,
+)
 from dclip_qdrant.errors import UsageError
 
 students_option = click.option(
@@ -93,8 +99,7 @@ def _print_status(form: str) -> None:
 @click.option(
     "--detector", default="grid", metavar="NAME", help="What finds regions in pictures sent to MODEL/regions."
 )
-@click.option("--detector-weights", metavar="FILE", help="The detector's weights.")
-@click.option("--weights", "detector_weights_too", hidden=True)
+@detector_weights_option("The detector's weights.")
 @click.option(
     "--detector-set",
     "detector_settings",
@@ -129,7 +134,6 @@ def serve_command(
     pictures: tuple[str, ...],
     detector: str,
     detector_weights: str | None,
-    detector_weights_too: str | None,
     detector_settings: tuple[str, ...],
     hosts: tuple[str, ...],
     max_body_mb: int,
@@ -159,9 +163,7 @@ def serve_command(
         host=host,
         token=token,
         limits=limits,
-        detector=make_detector(
-            detector_arguments(detector, detector_weights or detector_weights_too, detector_settings)
-        ),
+        detector=make_detector(detector_arguments(detector, detector_weights, detector_settings)),
         edge=edge,
         url=None if edge else url,
         api_key=api_key,

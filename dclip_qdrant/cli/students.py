@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dclip_qdrant.cli import front
-from dclip_qdrant.cli.commands import Group, command
+from dclip_qdrant.cli.commands import Group, RenamedOption, command
 from dclip_qdrant.cli.options import student_option, table_or_json
 from dclip_qdrant.errors import UsageError
 
@@ -34,13 +34,14 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--base-student",
+    cls=RenamedOption,
+    former=["--base"],
     metavar="DIR",
     help=(
         "The base as a student folder, for retention.  [default: the one that distill left "
         "beside the student]"
     ),
 )
-@click.option("--base", "base_too", hidden=True)
 @click.option(
     "--bootstrap",
     type=click.IntRange(0),
@@ -73,7 +74,6 @@ def evaluate_command(
     split: str | None,
     labelled: str | None,
     base_student: str | None,
-    base_too: str | None,
     bootstrap: int,
     through: str | None,
     settings: str | None,
@@ -96,8 +96,7 @@ def evaluate_command(
             raise UsageError(f"`{parameter}`", "without `through`", expected)
     loaded, opened = Student.load(student), Pairs.open(pairs)
     wanted = index_recall.parse(settings or index_recall.DEFAULT, loaded.dim) if through else []
-    base = base_student or base_too
-    reference = Student.load(base) if base else find_base(loaded) if labelled else None
+    reference = Student.load(base_student) if base_student else find_base(loaded) if labelled else None
     result = evaluate(loaded, opened, split=split, labelled=labelled, base=reference, bootstrap=bootstrap)
     series: dict[str, list[dict[str, Any]]] = {}
     if through:

@@ -3,19 +3,17 @@ stands in, or, with --submit, as a job of a running cluster. `ray_jobs/*.py` are
 
 import json
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from dclip_qdrant.cli.commands import command
-from dclip_qdrant.cli.options import Decorator, number_list, table_or_json, together
+from dclip_qdrant.cli.options import detector_weights_option, number_list, table_or_json
 from dclip_qdrant.cli.submit import submit_option
 from dclip_qdrant.errors import PartialError, UsageError
 
 if TYPE_CHECKING:
     from dclip_qdrant.jobs.compare import SuiteResult
-    from dclip_qdrant.recipe import Recipe
 
 pairs_option = click.option(
     "--pairs", required=True, metavar="DIR", help="Pairs, as `dclip-qdrant pairs` makes them."
@@ -44,13 +42,8 @@ recipe_settings_option = click.option(
     metavar="KEY=VALUE",
     help="Change the recipe, e.g. --set train.epochs=4; repeatable.",
 )
-recipe_weights_option = together(
-    click.option(
-        "--detector-weights",
-        metavar="FILE",
-        help="The detector's weights, short for --set regions.options.weights=…",
-    ),
-    click.option("--weights", "detector_weights_too", hidden=True),
+recipe_weights_option = detector_weights_option(
+    "The detector's weights, short for --set regions.options.weights=…"
 )
 workers_option = click.option("--workers", type=click.IntRange(1), default=1, help="Ray Train workers.")
 actors_option = click.option(
@@ -66,21 +59,12 @@ min_retention_option = click.option(
 from_scratch_option = click.option("--from-scratch", is_flag=True, help="Redo every stage.")
 
 
-def task_settings_option(help_text: str) -> Decorator:
-    return click.option(
-        "--set", "settings", multiple=True, metavar="KEY=VALUE", help=f"{help_text}; repeatable."
-    )
+def _with_weights(settings: tuple[str, ...], weights: str | None) -> tuple[str, ...]:
+    """A recipe's settings with the detector's weights on top."""
+    from dclip_qdrant.jobs.cluster import absolute_weights
 
-
-def _recipe(name: str, settings: tuple[str, ...], weights: str | None) -> "Recipe":
-    """A recipe with settings and the detector's weights on top."""
-    from dclip_qdrant.jobs.cluster import absolute
-    from dclip_qdrant.recipe import Recipe
-
-    if weights:
-        path = absolute(weights, "detector_weights") if Path(weights).exists() or "/" in weights else weights
-        settings = (*settings, f"regions.options.weights={json.dumps(path)}")
-    return Recipe.load(name, settings)
+    path = absolute_weights(weights, "detector_weights")
+    return (*settings, f"regions.options.weights={json.dumps(path)}") if path else settings
 
 
 @command(
@@ -123,7 +107,6 @@ def distill_command(
     recipe: str,
     settings: tuple[str, ...],
     detector_weights: str | None,
-    detector_weights_too: str | None,
     compare: tuple[str, ...],
     no_compare: bool,
     seeds: tuple[int, ...],
@@ -150,7 +133,7 @@ def distill_command(
         pairs=absolute(pairs, "pairs"),
         base=absolute_model(base, "base"),
         out=absolute(out, "out"),
-        recipe=_recipe(recipe, settings, detector_weights or detector_weights_too),
+        recipe=Recipe.load(recipe, _with_weights(settings, detector_weights)),
         compare=tuple(Recipe.load(rival) for rival in rivals),
         seeds=seeds,
         workers=workers,
@@ -223,7 +206,6 @@ def compare_command(
     labelled: str | None,
     settings: tuple[str, ...],
     detector_weights: str | None,
-    detector_weights_too: str | None,
     seeds: tuple[int, ...] | None,
     parallel: int | None,
     min_retention: float,
@@ -244,9 +226,7 @@ def compare_command(
     from dclip_qdrant.tables.storage import local_path
 
     suite = Suite.load(suite_name).only(groups, recipes)
-    weights = detector_weights or detector_weights_too
-    if weights:
-        settings = (*settings, f"regions.options.weights={json.dumps(absolute(weights, 'detector_weights'))}")
+    settings = _with_weights(settings, detector_weights)
     request = CompareRequest(
         pairs=absolute(pairs, "pairs"),
         base=absolute_model(base, "base"),
@@ -330,7 +310,6 @@ def extract_regions_command(
     recipe: str,
     detector: str | None,
     detector_weights: str | None,
-    detector_weights_too: str | None,
     settings: tuple[str, ...],
     actors: int | None,
     preview: int,
@@ -343,11 +322,12 @@ def extract_regions_command(
     from dclip_qdrant.jobs.cluster import absolute, connect
     from dclip_qdrant.jobs.extract_regions import extract_regions, write_preview
     from dclip_qdrant.pairs import Pairs
+    from dclip_qdrant.recipe import Recipe
     from dclip_qdrant.tables.storage import as_path
 
     if detector:
         settings = (f"regions.detector={detector}", "regions.options={}", *settings)
-    chosen = _recipe(recipe, settings, detector_weights or detector_weights_too)
+    chosen = Recipe.load(recipe, _with_weights(settings, detector_weights))
     opened = Pairs.open(absolute(pairs, "pairs"))
     root = str(as_path(absolute(out, "out")) / "stages")
     connect()
@@ -380,7 +360,6 @@ def finetune_teacher_command(
     recipe: str,
     settings: tuple[str, ...],
     detector_weights: str | None,
-    detector_weights_too: str | None,
     seed: int,
     workers: int,
     actors: int | None,
@@ -390,8 +369,9 @@ def finetune_teacher_command(
     missing). With the same --out, distill reuses it."""
     from dclip_qdrant.jobs.cluster import absolute, absolute_model, connect
     from dclip_qdrant.jobs.experiment import Experiment, Request
+    from dclip_qdrant.recipe import Recipe
 
-    chosen = _recipe(recipe, settings, detector_weights or detector_weights_too)
+    chosen = Recipe.load(recipe, _with_weights(settings, detector_weights))
     if chosen.teacher is None:
         raise UsageError("`recipe`", f"{recipe!r} has no teacher", "a recipe with one, like best or dclip")
     request = Request(
@@ -414,184 +394,9 @@ def finetune_teacher_command(
     click.echo(json.dumps(answer))
 
 
-@command(
-    "adapt",
-    example=(
-        "dclip-qdrant adapt --labelled /data/flowers --teacher ViT-L-14/openai "
-        "--student-model ViT-B-16/openai --out /data/adapted"
-    ),
-)
-@click.option(
-    "--labelled", required=True, metavar="DIR|FILE", help="Labelled pictures: a folder per class, or Parquet."
-)
-@click.option(
-    "--teacher", required=True, metavar="MODEL", help="The large CLIP: an open_clip name, or a local folder."
-)
-@click.option(
-    "--student-model",
-    "student",
-    metavar="MODEL",
-    help="The light CLIP, likewise; its text tower is not used after training.",
-)
-@click.option("--student", "student_too", hidden=True)
-@out_option
-@click.option(
-    "--cross",
-    multiple=True,
-    metavar="DIR|FILE",
-    help="Another labelled set, with classes of its own; repeatable.",
-)
-@click.option(
-    "--domain",
-    "domains",
-    multiple=True,
-    metavar="DIR|FILE",
-    help="The same classes from elsewhere; repeatable.",
-)
-@task_settings_option(
-    "shots, teacher_epochs, student_epochs, teacher_lr, student_lr, batch_size, depth, "
-    "axis, align, attention, test or seed"
-)
-@submit_option
-def adapt_command(
-    labelled: str,
-    teacher: str,
-    student: str | None,
-    student_too: str | None,
-    out: str,
-    cross: tuple[str, ...],
-    domains: tuple[str, ...],
-    settings: tuple[str, ...],
-) -> None:
-    """ComKD-CLIP's own task: few labelled pictures, classes never labelled (base-to-novel), other sets and
-    domains.
-
-    A large teacher learns prompts from --set shots=16 labelled pictures of half of the classes; the student
-    learns from it without labels. Prints the table; writes few_shot.json and adapted.safetensors. For
-    retrieval there is the recipe comkd_clip (distill).
-    """
-    from dclip_qdrant.jobs.adapt import adapt_as_task, table
-    from dclip_qdrant.jobs.cluster import absolute, absolute_model
-
-    light = student or student_too
-    if light is None:
-        raise click.UsageError("Missing option '--student-model'.")
-    result = adapt_as_task(
-        absolute(labelled, "labelled"),
-        teacher=absolute_model(teacher, "teacher"),
-        student=absolute_model(light, "student"),
-        out=absolute(out, "out"),
-        settings=settings,
-        cross=tuple(absolute(path, "cross") for path in cross),
-        domains=tuple(absolute(path, "domains") for path in domains),
-    )
-    click.echo(table(result))
-
-
-@command(
-    "clip-td",
-    example=(
-        "dclip-qdrant clip-td --task vqa --train Q.json,A.json --test Q.json,A.json --images "
-        "/data/coco --teacher ViT-B-32/openai --out /data/td"
-    ),
-)
-@click.option("--task", type=click.Choice(["vqa", "snli_ve", "vcr"]), required=True)
-@click.option(
-    "--train",
-    required=True,
-    metavar="FILES",
-    help="The published files: VQA v2 QUESTIONS,ANNOTATIONS; SNLI-VE and VCR one .jsonl.",
-)
-@click.option("--test", required=True, metavar="FILES", help="Likewise.")
-@click.option("--images", "images_root", required=True, metavar="DIR", help="The folder with the pictures.")
-@click.option("--test-images", metavar="DIR", help="The test pictures, where they are elsewhere.")
-@click.option(
-    "--teacher",
-    required=True,
-    metavar="MODEL",
-    help="The CLIP that teaches: an open_clip name, or a local folder.",
-)
-@out_option
-@click.option(
-    "--part",
-    "parts",
-    multiple=True,
-    type=float,
-    default=(0.1, 1.0),
-    help="Part of the training examples; repeatable.",
-)
-@click.option(
-    "--shift",
-    is_flag=True,
-    help="Hold out whole groups of training examples (VCR movies, VQA question types) and test on those too.",
-)
-@click.option(
-    "--detector",
-    default="grid",
-    metavar="NAME",
-    help="What finds regions: grid, yolo, or package.module:Class.",
-)
-@click.option("--detector-weights", metavar="FILE", help="The detector's weights.")
-@click.option("--weights", "detector_weights_too", hidden=True)
-@click.option("--seeds", default="0", callback=number_list, metavar="N,N", help="Of the training.")
-@task_settings_option("width, weight, adapt_epochs, finetune_epochs, lr, image_size, …")
-@submit_option
-def clip_td_command(
-    task: str,
-    train: str,
-    test: str,
-    images_root: str,
-    test_images: str | None,
-    teacher: str,
-    out: str,
-    parts: tuple[float, ...],
-    shift: bool,
-    detector: str,
-    detector_weights: str | None,
-    detector_weights_too: str | None,
-    seeds: tuple[int, ...],
-    settings: tuple[str, ...],
-) -> None:
-    """CLIP-TD's own task: a fused encoder for VQA, SNLI-VE or VCR, taught by CLIP; low-shot and under domain
-    shift.
-
-    Trains the task alone, naive distillation and targeted distillation at each --part of the examples; a
-    finished run is reused. Distillation needs no answers: with --set unlabelled=true its first step also sees
-    the pictures and texts of the examples outside the part. Prints the table and writes clip_td.json. For
-    retrieval there is the recipe clip_td (distill).
-    """
-    from dclip_qdrant.jobs.clip_td import ClipTdRequest, clip_td_as_task, tables
-    from dclip_qdrant.jobs.cluster import absolute, absolute_model
-
-    def files(names: str, parameter: str) -> tuple[str, ...]:
-        return tuple(absolute(name, parameter) for name in names.split(","))
-
-    weights = detector_weights or detector_weights_too
-    images = absolute(images_root, "images_root")
-    results = clip_td_as_task(
-        ClipTdRequest(
-            task=task,
-            train=files(train, "train"),
-            test=files(test, "test"),
-            images=images,
-            test_images=absolute(test_images, "test_images") if test_images else images,
-            teacher=absolute_model(teacher, "teacher"),
-            out=absolute(out, "out"),
-            detector=(detector, {"weights": absolute(weights, "detector_weights")} if weights else {}),
-            parts=parts,
-            shift=shift,
-            seeds=seeds,
-            settings=settings,
-        )
-    )
-    click.echo(tables(results))
-
-
 COMMANDS = (
     distill_command,
     compare_command,
     extract_regions_command,
     finetune_teacher_command,
-    adapt_command,
-    clip_td_command,
 )

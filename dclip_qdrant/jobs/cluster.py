@@ -134,6 +134,13 @@ def absolute_model(name: str, parameter: str) -> str:
     return absolute(name, parameter) if is_folder else name
 
 
+def absolute_weights(name: str | None, parameter: str) -> str | None:
+    """A detector's weights: a file as every worker will find it; a name that the detector fetches as it
+    is."""
+    is_file = name is not None and ("/" in name or os.path.exists(name))
+    return absolute_or_none(name, parameter) if is_file else name
+
+
 def threads_for(actors: int) -> int:
     """Compute threads of each actor on one machine."""
     return max(1, (os.cpu_count() or 1) // max(1, actors))

@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from dclip_qdrant.cli import main
-from dclip_qdrant.cli.commands import Group
+from dclip_qdrant.cli.commands import Group, RenamedOption
 
 
 def walk(group, path=()):
@@ -68,6 +68,28 @@ def test_an_option_means_one_thing_everywhere():
                     )
     several = {flag: dict(ways) for flag, ways in kinds.items() if len(ways) > 1}
     assert not several
+
+
+FORMER = [
+    (path, option, flag)
+    for path, command in LEAVES.items()
+    for option in command.params
+    if isinstance(option, RenamedOption)
+    for flag in option.former
+]
+
+
+@pytest.mark.parametrize(("path", "option", "flag"), FORMER, ids=lambda value: str(value)[:40])
+def test_former_names_are_understood_and_not_shown(path, option, flag):
+    command = LEAVES[path]
+    context = click.Context(command)
+    values, _, _ = command.make_parser(context).parse_args([flag, "x"])
+    assert values[option.name] == (["x"] if option.multiple else "x")
+    assert f"{flag} " not in command.get_help(context)
+
+
+def test_all_former_names_are_there():
+    assert {flag for _, _, flag in FORMER} == {"--weights", "--split", "--base", "--student"}
 
 
 LISTS = ("recipes list", "collections", "inspect", "search", "evaluate", "tune")

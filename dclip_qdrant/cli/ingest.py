@@ -1,0 +1,277 @@
+"""Collections filled: in this process, or on Ray."""
+
+import json
+from typing import TYPE_CHECKING, Any, cast
+
+import click
+
+from dclip_qdrant.cli import front
+from dclip_qdrant.cli.commands import RenamedOption, command
+from dclip_qdrant.cli.options import (
+    detector_arguments,
+    detector_options,
+    images_option,
+    make_detector,
+    name_list,
+    opened_store,
+    prefix_option,
+    quiet_option,
+    raise_rejected,
+    rejects_option,
+    spec_option,
+    store_options,
+    student_option,
+    threads_option,
+)
+from dclip_qdrant.cli.submit import submit_option
+from dclip_qdrant.errors import UsageError
+
+if TYPE_CHECKING:
+    from dclip_qdrant.serving.embedder import Layout
+    from dclip_qdrant.serving.stores.qdrant import Qdrant
+
+regions_option = click.option(
+    "--regions",
+    metavar="DIR",
+    help="Regions that are there already: a stage of extract-regions, or parts in the contract.",
+)
+top_k_option = click.option(
+    "--top-k", type=click.IntRange(1), default=4, help="Regions kept a picture, by confidence x area."
+)
+splits_option = click.option(
+    "--splits",
+    cls=RenamedOption,
+    former=["--split"],
+    multiple=True,
+    callback=name_list,
+    metavar="NAME,NAME",
+    help="Only these splits of a source that has splits.",
+)
+captions_option = click.option(
+    "--captions",
+    type=click.IntRange(1),
+    metavar="N",
+    help=(
+        "Index the first N captions of each picture: the others stay for tune and --golden.  [default: all]"
+    ),
+)
+replace_option = click.option("--replace", is_flag=True, help="A key that another picture has is taken over.")
+
+
+@command(
+    "ingest",
+    example=(
+        "dclip-qdrant ingest /data/shop --student /data/run/student --collection pictures --detector yolo"
+    ),
+)
+@click.argument("source")
+@student_option
+@store_options
+@detector_options
+@regions_option
+@top_k_option
+@spec_option
+@images_option
+@splits_option
+@captions_option
+@prefix_option
+@click.option(
+    "--payload-layout",
+    "layout",
+    type=click.Choice(["flat", "langchain"]),
+    default="flat",
+    help="langchain adds page_content and metadata.",
+)
+@click.option(
+    "--into-existing",
+    metavar="FIELD",
+    help=(
+        "Add our vectors to the points of somebody's collection (--url) whose payload FIELD "
+        "holds a picture's key."
+    ),
+)
+@replace_option
+@click.option("--limit", type=click.IntRange(1), help="Stop after so many pictures.")
+@rejects_option
+@threads_option
+@quiet_option
+def ingest_command(
+    source: str,
+    student: str,
+    collection: str,
+    url: str | None,
+    edge: str | None,
+    api_key: str | None,
+    detector: str | None,
+    detector_weights: str | None,
+    detector_settings: tuple[str, ...],
+    regions: str | None,
+    top_k: int,
+    spec: str,
+    images_root: str | None,
+    splits: tuple[str, ...],
+    captions: int | None,
+    prefix: str,
+    layout: "Layout",
+    into_existing: str | None,
+    replace: bool,
+    limit: int | None,
+    rejects: str | None,
+    threads: int | None,
+    quiet: bool,
+) -> None:
+    """Embeds the pictures in SOURCE (folder, CSV, JSONL, tar, Parquet, pairs) and fills a collection.
+
+    Pictures that are there already, unchanged, are skipped without being decoded; a killed run goes on where
+    it was. Exit code 3: some were rejected.
+    """
+    from dclip_qdrant.cli.progress import Progress
+    from dclip_qdrant.pairs.region_files import load_regions
+    from dclip_qdrant.serving.collection import CollectionSpec
+    from dclip_qdrant.serving.embedder import Embedder
+    from dclip_qdrant.serving.ingest import ingest
+    from dclip_qdrant.serving.into_existing import ingest_into
+    from dclip_qdrant.serving.student import Student
+
+    if detector and regions:
+        raise UsageError("`detector`", "and `regions`", "one of them")
+    if into_existing and (edge or not url):
+        do = "qdrant-edge collections are made by dclip-qdrant alone"
+        raise UsageError("`into_existing`", "an embedded collection", "`url`", do)
+    loaded, wish = Student.load(student), CollectionSpec.load(spec)
+    finder = make_detector(detector_arguments(detector, detector_weights, detector_settings))
+    boxes = load_regions(regions) if regions else None
+    rejects = rejects or f"{collection}-rejects.jsonl"
+    bar = Progress(quiet=quiet)
+    shared: dict[str, Any] = {
+        "spec": wish,
+        "images_root": images_root,
+        "prefix": prefix,
+        "splits": splits,
+        "captions": captions,
+        "replace": replace,
+        "limit": limit,
+        "rejects": rejects,
+        "progress": lambda report: bar(report.seen, report.line()),
+    }
+    with opened_store(collection, url, edge, api_key) as store:
+        row: dict[str, Any] = {"collection": collection}
+        if into_existing:
+            embedder = Embedder(loaded, detector=finder, regions=boxes, top_k=top_k, threads=threads)
+            report, guest = ingest_into(
+                source, embedder, cast("Qdrant", store), field=into_existing, **shared
+            )
+            row["without_picture"] = guest.without_picture
+            left = f"{guest.without_picture:,} of {guest.points:,} points have no picture in {source}"
+        else:
+            report = ingest(
+                source,
+                loaded,
+                store,
+                detector=finder,
+                regions=boxes,
+                top_k=top_k,
+                threads=threads,
+                layout=layout,
+                **shared,
+            )
+            left = None
+        bar.done()
+        front.say(report.line())
+        if left:
+            front.say(left)
+        click.echo(json.dumps(row | report.row() | {"points": store.count()}))
+    if report.seen == 0:
+        raise UsageError(source, "no pictures here", "files ending in .jpg, .png, ...")
+    raise_rejected(report, source, rejects)
+
+
+@command(
+    "ingest-on-ray",
+    example=(
+        "dclip-qdrant ingest-on-ray s3://shop/pictures --student s3://shop/student "
+        "--collection pictures --url http://qdrant:6333"
+    ),
+)
+@click.argument("source")
+@student_option
+@store_options
+@detector_options
+@regions_option
+@top_k_option
+@spec_option
+@images_option
+@splits_option
+@captions_option
+@prefix_option
+@replace_option
+@rejects_option
+@click.option(
+    "--actors", type=click.IntRange(1), help="Embedders.  [default: one for every four CPUs, or one a GPU]"
+)
+@submit_option
+def ingest_on_ray_command(
+    source: str,
+    student: str,
+    collection: str,
+    url: str | None,
+    edge: str | None,
+    api_key: str | None,
+    detector: str | None,
+    detector_weights: str | None,
+    detector_settings: tuple[str, ...],
+    regions: str | None,
+    top_k: int,
+    spec: str,
+    images_root: str | None,
+    splits: tuple[str, ...],
+    captions: int | None,
+    prefix: str,
+    replace: bool,
+    rejects: str | None,
+    actors: int | None,
+) -> None:
+    """`ingest` for a cluster: a pool of embedders on Ray Data and a Datasink into Qdrant.
+
+    Every worker must be able to read SOURCE and the student. What is there already, unchanged, is not
+    decoded. An embedded collection is written by one task. Exit code 3: some pictures were rejected.
+    """
+    from dclip_qdrant.cli.options import where
+    from dclip_qdrant.jobs.cluster import absolute, absolute_or_none, absolute_weights, connect
+    from dclip_qdrant.jobs.ingest import IngestRequest, ingest
+    from dclip_qdrant.serving.collection import CollectionSpec
+
+    place = where(url, edge)
+    store = {
+        "collection": collection,
+        "url": place["url"],
+        "edge": absolute_or_none(place["edge"], "edge"),
+        "api_key": api_key,
+    }
+    request = IngestRequest(
+        source=absolute(source, "source"),
+        student=absolute(student, "student"),
+        store=store,
+        detector=detector_arguments(
+            detector,
+            absolute_weights(detector_weights, "detector_weights"),
+            detector_settings,
+        ),
+        regions=absolute_or_none(regions, "regions"),
+        top_k=top_k,
+        images_root=absolute_or_none(images_root, "images_root"),
+        prefix=prefix,
+        replace=replace,
+        rejects=absolute_or_none(rejects, "rejects"),
+        actors=actors,
+        spec=CollectionSpec.load(spec),
+        splits=splits,
+        captions=captions,
+    )
+    connect()
+    report = ingest(request)
+    click.echo(json.dumps({"collection": collection} | report.row()))
+    raise_rejected(report, source, rejects)
+
+
+COMMANDS = (ingest_command, ingest_on_ray_command)

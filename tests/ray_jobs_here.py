@@ -14,6 +14,9 @@ ENV = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_AUTH_MODE": "disabled",
     "YOLO_OFFLINE": "true",
+    # Ray Train looks at its workers every two seconds otherwise: our runs are as short as that
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "600",
 }
 
 

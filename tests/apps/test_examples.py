@@ -124,7 +124,7 @@ def test_a_python_app_through_the_servers_own_inference(standin, student_folder,
     from qdrant_client import QdrantClient, models
     from qdrant_client.http.exceptions import UnexpectedResponse
 
-    client = QdrantClient(url=standin, cloud_inference=True, check_compatibility=False)
+    client = QdrantClient(url=standin, cloud_inference=True, check_compatibility=False, timeout=600)
     size = Student.load(student_folder).dim
     client.create_collection(
         "py", vectors_config={"image": models.VectorParams(size=size, distance=models.Distance.COSINE)}

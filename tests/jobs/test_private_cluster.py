@@ -1,12 +1,9 @@
 """The Ray jobs on a private cluster of their own, as a user without one runs them; what they refuse before
 they start one."""
 
-import json
 import os
-import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from pages import check_serving, commands
@@ -42,79 +39,53 @@ def test_commands_of_the_pages_work_in_order(scenes_folder, tiny_base, tmp_path)
             done.add(line)
 
 
-def test_extract_regions_with_yolo_previews_and_resumes(pairs_folder, tmp_path):
-    args = (
-        "--pairs",
-        pairs_folder,
-        "--out",
-        tmp_path,
-        "--weights",
-        ROOT / "examples/demo/detector.pt",
-        "--set",
-        "regions.options.image_size=128",
-        "--preview",
-        3,
-    )
-    done = job("extract_regions", *args)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    facts = json.loads(done.stdout.splitlines()[-1])
-    assert facts["pictures"] == 60
-    assert "won't fully utilize" not in done.stderr  # Ray Data, when there are fewer blocks than actors
-    # the detector's mAP50 is 0.99 on such scenes, which hold 2 to 4 things
-    assert 2 * 60 <= facts["boxes"] <= 5 * 60
-    stage = Path(facts["stage"])
-    assert len(list((stage / "preview").glob("*.jpg"))) == 3
-    # half of it lost: only that half is done again
-    parts = sorted(stage.glob("part-*.parquet"))
-    (stage / "manifest.json").unlink()
-    parts[0].unlink()
-    again = job("extract_regions", *args)
-    assert re.search(r"\d+ of 60 pictures are there already", again.stderr)
-    assert json.loads(again.stdout.splitlines()[-1])["boxes"] == facts["boxes"]
-
-
 @pytest.mark.parametrize(
-    ("name", "args", "code", "says"),
+    ("args", "code", "says"),
     [
-        ("distill", ("--pairs", "/no/such", "--base", "x", "--out", "/tmp/x"), 2, "no such file or folder"),
+        (("--pairs", "/no/such", "--base", "x", "--out", "/tmp/x"), 2, "no such file or folder"),
         (
-            "distill",
             ("--pairs", "PAIRS", "--base", "/no/such/base", "--out", "/tmp/x", "--recipe", "tiny"),
             2,
             "/no/such/base: no such folder",
         ),
         (
-            "distill",
             ("--pairs", "PAIRS", "--base", "BASE", "--out", "/tmp/x", "--recipe", "dclpi"),
             2,
             "did you mean 'dclip'",
         ),
         (
-            "distill",
             ("--pairs", "PAIRS", "--base", "BASE", "--out", "/tmp/x", "--set", "train.epoch=1"),
             2,
             "did you mean 'epochs'",
         ),
         (
-            "distill",
             ("--pairs", "PAIRS", "--base", "BASE", "--out", "/tmp/x", "--weights", "/no/such.pt"),
             2,
             "no file /no/such.pt",
         ),
         (
-            "distill",
             ("--pairs", "PAIRS", "--base", "BASE", "--out", "/tmp/x", "--recipe", "tiny", "--seeds", "1,x"),
             2,
             "numbers with commas",
         ),
-        ("evaluate", ("--student", "/no/such", "--pairs", "PAIRS"), 1, "no such folder"),
     ],
 )
-def test_mistakes_are_said_before_any_work(name, args, code, says, tiny_base, pairs_folder):
+def test_mistakes_are_said_before_any_work(args, code, says, tiny_base, pairs_folder, monkeypatch, capsys):
+    from dclip_qdrant.cli import front
+    from dclip_qdrant.cli.train import distill_command
+
+    monkeypatch.setattr(front, "log_to_stderr", lambda: None)
     places = {"PAIRS": str(pairs_folder), "BASE": str(tiny_base)}
-    done = job(name, *(places.get(a, a) for a in args))
-    assert done.returncode == code, done.stderr
-    assert says in done.stderr
+    with pytest.raises(SystemExit) as ended:
+        front.run(distill_command, [places.get(a, a) for a in args])
+    assert ended.value.code == code
+    assert says in capsys.readouterr().err
+
+
+def test_a_mistake_in_a_script_is_one_line(pairs_folder):
+    done = job("evaluate", "--student", "/no/such", "--pairs", pairs_folder)
+    assert done.returncode == 1, done.stderr
+    assert "no such folder" in done.stderr
     assert "Traceback" not in done.stderr
 
 

@@ -19,7 +19,7 @@ $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --upgrade pip
 	$(BIN)/python -m pip install -q -c constraints.txt -e ".[all,dev]"
-	@if command -v npm >/dev/null; then npm install --no-audit --no-fund --no-package-lock --silent --prefix examples/apps || echo "npm install failed: the JavaScript example will not be tested"; fi
+	@if command -v npm >/dev/null; then npm install --fetch-timeout=20000 --fetch-retries=1 --no-audit --no-fund --no-package-lock --silent --prefix examples/apps || echo "npm install failed: the JavaScript example will not be tested"; fi
 	touch $(STAMP)
 
 demo: setup      ## the whole way on a rendered data set; writes demo/report.html

@@ -15,13 +15,12 @@ from dclip_qdrant.jobs.experiment import Experiment, Outcome, Request
 from dclip_qdrant.jobs.export import export
 from dclip_qdrant.serving.student import Student
 from dclip_qdrant.tables import storage
+from dclip_qdrant.tables.student_folder import RUN_FILE
 from dclip_qdrant.training.figures import RunFigures
 from dclip_qdrant.training.models import two_tower
 from dclip_qdrant.training.runs import Run
 
 logger = logging.getLogger(__name__)
-
-RUN_FILE = "run.txt"  # beside a student: the run that it was exported from
 
 
 @dataclass(frozen=True)

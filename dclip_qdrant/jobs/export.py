@@ -14,7 +14,7 @@ from upath import UPath
 from dclip_qdrant.errors import ParityError
 from dclip_qdrant.serving.student import Student
 from dclip_qdrant.tables import storage
-from dclip_qdrant.tables.student_folder import MANIFEST
+from dclip_qdrant.tables.student_folder import STUDENT_FOLDER
 from dclip_qdrant.training.export import write_student
 from dclip_qdrant.training.models.two_tower import TwoTower
 
@@ -48,11 +48,11 @@ def export(
         MissingExtra: onnx or onnxscript is not installed.
     """
     target = storage.as_path(out)
-    storage.check_free(target, MANIFEST, overwrite=True, kind="a student")
+    storage.check_free(target, STUDENT_FOLDER, overwrite=True)
     with tempfile.TemporaryDirectory(prefix="dclip-student-") as work:
         write_student(model, Path(work), name=name, metrics=metrics, recipe=recipe, card=card)
         check_parity(model, Student.load(work))
-        with storage.new_folder(target, MANIFEST, overwrite=True, kind="a student") as folder:
+        with storage.new_folder(target, STUDENT_FOLDER, overwrite=True) as folder:
             storage.copy_folder(work, folder)
     return target
 

@@ -14,8 +14,10 @@ from ray.data.block import BlockAccessor
 from ray.data.datasource import Datasink
 
 from dclip_qdrant.detectors import build
+from dclip_qdrant.errors import InputError
 from dclip_qdrant.jobs.cluster import gpus, log_to_stdout, pool_size, quiet_data_context, threads_for
-from dclip_qdrant.pairs.readers import SourcePicture, read_any
+from dclip_qdrant.pairs.readers import Layout, SourcePicture, open_source
+from dclip_qdrant.pairs.readers.layout import ARCHIVES
 from dclip_qdrant.pairs.region_files import load_regions
 from dclip_qdrant.serving.collection import CollectionSpec
 from dclip_qdrant.serving.embedder import Embedder
@@ -36,7 +38,6 @@ from dclip_qdrant.tables.contracts import EMBEDDINGS
 logger = logging.getLogger(__name__)
 
 BATCH = 64
-ARCHIVES = ("parquet", "tar")  # kinds that hold their pictures: read on the workers, file by file
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,7 @@ def ingest(request: IngestRequest) -> Report:
     Raises:
         MismatchError: another student filled the collection. UsageError: nothing to read. StoreError.
     """
-    kind, pictures = read_any(request.source, images_root=request.images_root, captions=False)
+    layout = open_source(request.source, images_root=request.images_root, captions=False)
     snapshot = None
     store = open_store(**request.store)
     try:
@@ -168,9 +169,9 @@ def ingest(request: IngestRequest) -> Report:
     quiet_data_context()
     size = pool_size(request.actors)
     keeper = ray.remote(num_cpus=0)(LocalKeys).remote()
-    dataset = _dataset(request, kind, pictures)
+    dataset = _dataset(layout)
     if request.splits:
-        dataset = dataset.filter(lambda row: row["split"] in request.splits)
+        dataset = dataset.filter(lambda row: row["error"] or row["split"] in request.splits)
     dataset = dataset.map_batches(
         Embed,
         fn_constructor_args=(request, keeper, snapshot, threads_for(size)),
@@ -199,21 +200,19 @@ def ingest(request: IngestRequest) -> Report:
     return total
 
 
-def _dataset(request: IngestRequest, kind: str, pictures: Iterator[SourcePicture]) -> Any:
+def _dataset(layout: Layout) -> Any:
     """The source's pictures as rows; archives are read where they are embedded."""
-    if kind not in ARCHIVES:
-        return ray.data.from_items([_source_row(picture) for picture in pictures])
-    path, images_root = storage.as_path(request.source), request.images_root
-    files = sorted(str(f) for f in path.glob(f"*.{kind}")) if path.is_dir() else [str(path)]
+    if layout.kind not in ARCHIVES:
+        return ray.data.from_items([_source_row(picture) for picture in layout.pictures()])
 
     def read(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        _, inside = read_any(row["file"], images_root=images_root, captions=False)
-        yield from (_source_row(picture) for picture in inside)
+        yield from (_source_row(picture) for picture in layout.pictures_of(storage.as_path(row["file"])))
 
-    return ray.data.from_items([{"file": file} for file in files]).flat_map(read)
+    return ray.data.from_items([{"file": str(file)} for file in layout.files]).flat_map(read)
 
 
 def _source_row(picture: SourcePicture) -> dict[str, Any]:
+    error = picture.error
     return {
         "key": picture.key,
         "uri": picture.uri,
@@ -222,6 +221,7 @@ def _source_row(picture: SourcePicture) -> dict[str, Any]:
         "split": picture.split or "",
         "extra": json.dumps(picture.extra),
         "place": picture.place,
+        "error": json.dumps([error.where, error.came, error.expected, error.do]) if error else "",
     }
 
 
@@ -234,6 +234,7 @@ def _picture(row: dict[str, Any]) -> SourcePicture:
         split=row["split"] or None,
         extra=json.loads(row["extra"]),
         place=row["place"],
+        error=InputError(*json.loads(row["error"])) if row["error"] else None,
     )
 
 

@@ -83,9 +83,9 @@ def build(
     if abs(sum(fractions) - 1) > 1e-6 or min(fractions) < 0:
         expected = "three numbers >= 0 that sum to 1"
         raise UsageError("`fractions`", ",".join(map(str, fractions)), expected)
-    storage.check_free(out, "manifest.json", overwrite=overwrite, kind="pairs")
+    storage.check_free(out, storage.PAIRS_FOLDER, overwrite=overwrite)
     kind, pictures = read_any(source, images_root=images_root)
-    with storage.new_folder(out, "manifest.json", overwrite=overwrite, kind="pairs") as folder:
+    with storage.new_folder(out, storage.PAIRS_FOLDER, overwrite=overwrite) as folder:
         ledger = Ledger()
         with PairsWriter(folder) as writer:
             for row in _judged(pictures, options, ledger, progress):
@@ -121,6 +121,8 @@ def _judged(
     for picture, verdict in _judge_all(pictures, options):
         ledger.total += 1
         progress(ledger.total)
+        if isinstance(verdict, dict):
+            ledger.rejects += _captions_left_out(picture)
         if isinstance(verdict, dict) and verdict["key"] in ledger.first_uri:
             came = f"a second picture named {picture.key!r} (first: {ledger.first_uri[picture.key]})"
             verdict = InputError(picture.uri, came, "unique names")
@@ -150,11 +152,16 @@ def _judge_all(
 
 def _judge(picture: SourcePicture, options: BuildOptions) -> dict[str, Any] | DclipError:
     """A row of the pairs contract, or why the picture is rejected."""
+    if picture.error is not None:
+        return picture.error
     try:
-        captions = [" ".join(c.split()) for c in picture.captions]
-        if not captions or not all(captions):
-            came = "an empty caption" if captions else "no caption"
-            raise InputError(picture.uri, came, "at least one caption, none of them empty")
+        captions = [" ".join(c.split()) for c in picture.captions if c.strip()]
+        if not captions:
+            came = "an empty caption" if picture.captions else "no caption"
+            raise InputError(picture.uri, came, "at least one caption that is not empty")
+        if picture.image is None and picture.uri.startswith(("http://", "https://")):
+            do = "dclip-qdrant fetch gets pictures by their addresses, then make pairs of its folder"
+            raise InputError(picture.uri, "an address on the web, which is never fetched here", "a file", do)
         split = _own_split(picture, options.split_map)
         data = picture.image if picture.image is not None else images.read(picture.uri)
         image = images.open_rgb(data, picture.uri)
@@ -174,6 +181,14 @@ def _judge(picture: SourcePicture, options: BuildOptions) -> dict[str, Any] | Dc
         "split": split,
         "pixel_hash": images.pixel_hash(image),
     }
+
+
+def _captions_left_out(picture: SourcePicture) -> list[dict[str, str]]:
+    """A reject for each empty caption of a picture that has others."""
+    count = sum(not caption.strip() for caption in picture.captions)
+    return [
+        {"key": picture.key, "path": picture.uri, "reason": "an empty caption; the others are kept"}
+    ] * count
 
 
 def _own_split(picture: SourcePicture, split_map: dict[str, str]) -> str | None:

@@ -85,7 +85,7 @@ def curate(
         UsageError: pairs there already; a score without a scorer; a source twice.
         InputError: a source has fewer pictures than it was asked for.
     """
-    storage.check_free(out, "manifest.json", overwrite=overwrite, kind="pairs")
+    storage.check_free(out, storage.PAIRS_FOLDER, overwrite=overwrite)
     if (min_score is not None or drop_worst) and scorer is None:
         expected = "`student`, e.g. the base that distill exports"
         raise UsageError("`min_score` or `drop_worst`", "without a student to judge", expected)
@@ -103,7 +103,7 @@ def curate(
         captions = _fitting_captions(opened, gone, scorer, min_score, drop_worst, rejects)
     wordless = {key for key, kept in captions.items() if not kept}
     chosen = _choose(opened, index, gone | wordless, seed, rejects)
-    with storage.new_folder(out, "manifest.json", overwrite=overwrite, kind="pairs") as folder:
+    with storage.new_folder(out, storage.PAIRS_FOLDER, overwrite=overwrite) as folder:
         manifest = _write(opened, chosen, captions, folder)
         storage.write_json_lines(folder / "rejects.jsonl", rejects)
         manifest |= {

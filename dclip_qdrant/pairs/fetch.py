@@ -7,20 +7,26 @@ Nothing fetches by itself: this runs only when it is asked to. The result is a f
 import hashlib
 import ipaddress
 import json
+import logging
 import socket
 import threading
 import time
 import urllib.parse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from dclip_qdrant.errors import ImageError, InputError
+from dclip_qdrant.errors import ImageError, UsageError
+from dclip_qdrant.pairs.addresses import Address, addresses
+from dclip_qdrant.pairs.readers.json_file import loads
+from dclip_qdrant.pairs.readers.lines import text_lines
 from dclip_qdrant.pictures import http, images
 from dclip_qdrant.tables import storage
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -38,7 +44,7 @@ class Manners:
 
 
 class Refused(Exception):
-    pass
+    """Why a picture was not fetched."""
 
 
 @dataclass
@@ -82,94 +88,122 @@ def fetch(
     *,
     progress: Callable[[int], None] = lambda count: None,
 ) -> FetchReport:
-    """Reads `source` (TSV: caption, URL, as Conceptual Captions has it; or JSONL with `url` and `caption`)
-    and writes `out/images/*`, `out/captions.jsonl` and `out/rejects.jsonl`.
+    """Reads `source` (see `addresses`) and writes `out/images/*`, `out/captions.jsonl` and
+    `out/rejects.jsonl`.
 
     A second run takes up where the first was stopped; addresses that failed before are not asked again unless
-    their lines are removed from rejects.jsonl.
+    their lines are removed from rejects.jsonl. A picture with several captions is fetched once.
 
     Raises:
-        InputError: no such list, or a line of another form.
+        InputError: no such list. UsageError: `out` holds a captions.jsonl that isn't ours.
     """
     manners = manners or Manners()
     folder = storage.local_path(out, "`out`")
+    journal = Journal(folder)
     (folder / "images").mkdir(parents=True, exist_ok=True)
-    known = _known_urls(folder)
     report, hosts, lock = FetchReport(), Hosts(manners.host_seconds), threading.Lock()
 
-    def fetch_one(row: tuple[str, str]) -> None:
-        url, caption = row
-        name, line = "captions.jsonl", {}
+    def fetch_one(row: Address) -> None:
+        line: dict[str, Any]
         try:
+            if row.error is not None:
+                raise Refused(row.error)
+            url = http.tidy(row.url)
             host = urllib.parse.urlsplit(url).hostname or ""
-            line = _store(folder, url, caption, hosts.turn(host, lambda: get(url, manners)))
-        except (Refused, ImageError, ValueError) as e:
-            name, line = "rejects.jsonl", {"url": url, "reason": str(e)}
+            line = _store(folder, row, hosts.turn(host, lambda: get(url, manners)))
+        except (Refused, http.HttpRefused, ImageError, ValueError) as e:
+            line = {"url": row.url, "reason": str(e)}
         with lock:
-            with (folder / name).open("a") as f:
-                f.write(json.dumps(line) + "\n")
-            if name == "captions.jsonl":
-                report.fetched += 1
-            else:
-                report.rejected += 1
-            progress(report.fetched + report.rejected)
+            journal.add(line)
+            report.rejected += "reason" in line
+            report.fetched += "reason" not in line
+            progress(report.fetched + report.rejected + report.known)
 
-    def fresh() -> Iterator[tuple[str, str]]:
-        for url, caption in islice(rows(source), manners.limit):
-            report.asked += 1
-            if url in known:
-                report.known += 1
-                continue
-            known.add(url)
-            yield url, caption
+    def add_caption(row: Address) -> None:
+        """A further caption of a picture that was asked for before."""
+        report.known += 1
+        fetched = journal.line_of(row.url)
+        if fetched is not None and row.caption not in journal.captions_of(row.url):
+            journal.add({**fetched, "captions": [row.caption]})
 
-    waiting = fresh()
+    rows = islice(addresses(source), manners.limit)
     with ThreadPoolExecutor(manners.threads) as pool:
-        while window := list(islice(waiting, manners.threads * 16)):
-            list(pool.map(fetch_one, window))
+        while window := list(islice(rows, manners.threads * 16)):
+            report.asked += len(window)
+            new = {row.url: row for row in reversed(window) if not journal.knows(row.url)}
+            list(pool.map(fetch_one, reversed(new.values())))
+            for row in window:
+                if row is not new.get(row.url):
+                    add_caption(row)
     return report
 
 
-def _known_urls(folder: Path) -> set[str]:
-    """What an earlier run asked for already."""
-    known: set[str] = set()
-    for name in ("captions.jsonl", "rejects.jsonl"):
-        if (folder / name).exists():
-            known.update(json.loads(line)["url"] for line in (folder / name).read_text().split("\n") if line)
-    return known
+class Journal:
+    """What became of every address: `captions.jsonl`, for `pairs` to read, and `rejects.jsonl`."""
+
+    def __init__(self, folder: Path) -> None:
+        self._files = {name: folder / name for name in ("captions.jsonl", "rejects.jsonl")}
+        self._lines: dict[str, dict[str, Any] | None] = {}  # by address; None: rejected
+        self._captions: dict[str, set[str]] = {}
+        for name, file in self._files.items():
+            if file.exists():
+                _drop_cut_line(file)
+                for number, text in text_lines(storage.as_path(file)):
+                    if text:
+                        self._enter(_line_of_ours(f"{file}:{number}", text, name))
+
+    def knows(self, url: str) -> bool:
+        return url in self._lines
+
+    def line_of(self, url: str) -> dict[str, Any] | None:
+        """A fetched picture's first line."""
+        return self._lines[url]
+
+    def captions_of(self, url: str) -> set[str]:
+        return self._captions.get(url, set())
+
+    def add(self, line: dict[str, Any]) -> None:
+        name = "rejects.jsonl" if "reason" in line else "captions.jsonl"
+        with self._files[name].open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        self._enter(line)
+
+    def _enter(self, line: dict[str, Any]) -> None:
+        rejected = "reason" in line
+        self._lines.setdefault(line["url"], None if rejected else line)
+        if not rejected:
+            self._captions.setdefault(line["url"], set()).update(line["captions"])
 
 
-def _store(folder: Path, url: str, caption: str, data: bytes) -> dict[str, Any]:
+def _line_of_ours(where: str, text: str, name: str) -> dict[str, Any]:
+    """Raises UsageError: a line that no fetch wrote: the file is the user's own."""
+    try:
+        line = loads(text)
+    except ValueError:
+        line = None
+    wanted = {"url", "reason"} if name == "rejects.jsonl" else {"url", "captions", "file_name"}
+    if not isinstance(line, dict) or not wanted <= line.keys():
+        expected = "lines of an earlier fetch"
+        raise UsageError("`out`", f"{where} is none of ours", expected, "another folder")
+    return line
+
+
+def _drop_cut_line(file: Path) -> None:
+    """A run that was killed may have left half of its last line: that address is asked again."""
+    with file.open("rb+") as f:
+        data = f.read()
+        if data and not data.endswith(b"\n"):
+            logger.warning("%s: the last line was cut; its address is asked again", file)
+            f.truncate(data.rfind(b"\n") + 1)
+
+
+def _store(folder: Path, row: Address, data: bytes) -> dict[str, Any]:
     """Keeps a picture; its line in captions.jsonl. Raises ImageError."""
-    image = images.open_rgb(data, url)
-    name = f"images/{hashlib.sha256(url.encode()).hexdigest()[:24]}{_suffix(data)}"
+    image = images.open_rgb(data, row.url)
+    name = f"images/{hashlib.sha256(row.url.encode()).hexdigest()[:24]}{_suffix(data)}"
     storage.write_bytes(folder / name, data)
     size = {"width": image.width, "height": image.height}
-    return {"file_name": name, "captions": [caption], "url": url, **size}
-
-
-def rows(source: str) -> Iterator[tuple[str, str]]:
-    """(url, caption) of each line."""
-    path = Path(source)
-    if not path.is_file():
-        raise InputError(source, "no such file", "a TSV of captions and URLs, or JSONL")
-    with path.open(encoding="utf-8") as f:
-        for n, line in enumerate(f, 1):
-            if not line.strip():
-                continue
-            try:
-                if path.suffix == ".jsonl":
-                    row = json.loads(line)
-                    url, caption = row["url"], row["caption"]
-                else:
-                    caption, url = line.rstrip("\n").split("\t")
-            except (ValueError, KeyError, TypeError) as e:
-                raise InputError(
-                    f"{source}, line {n}",
-                    f"{line[:60]!r}",
-                    'caption<TAB>URL, or {"url": ..., "caption": ...}',
-                ) from e
-            yield url.strip(), caption.strip()
+    return {"file_name": name, "captions": [row.caption], "url": row.url, **size}
 
 
 def get(url: str, manners: Manners, *, hops: int = 3) -> bytes:
@@ -188,16 +222,17 @@ def get(url: str, manners: Manners, *, hops: int = 3) -> bytes:
             raise Refused(str(e)) from None
         if answer.location is None:
             return answer.data
-        url = urllib.parse.urljoin(url, answer.location)
+        url = http.tidy(urllib.parse.urljoin(url, answer.location))
     raise Refused(f"more than {hops - 1} redirects")
 
 
 def check(url: str, manners: Manners) -> None:
     """Refuses what isn't http(s), and hosts of private networks: a list made by strangers must not reach
     inside."""
-    parts = urllib.parse.urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.password:
-        raise Refused("not an http or https address")
+    try:
+        parts = urllib.parse.urlsplit(http.tidy(url))
+    except http.HttpRefused as e:
+        raise Refused(str(e)) from None
     if manners.private:
         return
     try:

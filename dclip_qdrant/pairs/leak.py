@@ -30,7 +30,7 @@ def leak(source: str, out: str, *, share: float) -> int:
     if (target / "manifest.json").exists():
         return json.loads((target / "manifest.json").read_text())["leaked"]
     count = 0
-    with storage.new_folder(target, "manifest.json", overwrite=False, kind="pairs") as folder:
+    with storage.new_folder(target, storage.PAIRS_FOLDER, overwrite=False) as folder:
         for number, file in enumerate(pairs.files):
             with storage.open_for_arrow(file) as f:
                 table = pq.read_table(f)

@@ -80,9 +80,10 @@ class PictureJudge:
         self.refuse = refuse
 
     def __call__(self, items: Sequence[Item], stored: dict[str, Payload]) -> None:
-        free = self.keys.claim([i.key for i in items], [i.picture.place for i in items])
-        for item, is_free in zip(items, free, strict=True):
-            if item.error is None and not is_free:
+        usable = [item for item in items if item.error is None]
+        free = self.keys.claim([i.key for i in usable], [i.picture.place for i in usable])
+        for item, is_free in zip(usable, free, strict=True):
+            if not is_free:
                 came = f"a second picture named {item.key!r} in this source"
                 item.error = InputError(item.picture.uri, came, "unique names")
             if item.error is None and self.refuse is not None:
@@ -178,7 +179,9 @@ def source_items(
         UsageError: nothing to read.
     """
     _, pictures = read_any(source, images_root=images_root, captions=False)
-    wanted: Iterator[SourcePicture] = (p for p in pictures if not splits or p.split in splits)
+    wanted: Iterator[SourcePicture] = (
+        p for p in pictures if not splits or p.split in splits or p.error is not None
+    )
     return (Item.of(picture, prefix, captions) for picture in islice(wanted, limit))
 
 

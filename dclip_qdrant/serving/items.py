@@ -7,7 +7,9 @@ from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any, TextIO
 
-from dclip_qdrant.errors import DclipError
+from upath import UPath
+
+from dclip_qdrant.errors import DclipError, UsageError
 from dclip_qdrant.pairs.readers import SourcePicture
 from dclip_qdrant.pictures.regions import Regions
 from dclip_qdrant.tables import storage
@@ -45,7 +47,8 @@ class Item:
     def of(cls, picture: SourcePicture, prefix: str = "", captions: int | None = None) -> "Item":
         """A picture with its first `captions`, or all of them."""
         key = prefix + picture.key
-        return cls(replace(picture, captions=picture.captions[:captions]), key, point_id(key))
+        own = [caption for caption in picture.captions if caption.strip()][:captions]
+        return cls(replace(picture, captions=own), key, point_id(key), error=picture.error)
 
     @property
     def pending(self) -> bool:
@@ -87,6 +90,16 @@ class Report:
         self.reasons += [row["reason"] for row in rows[: REASONS_KEPT - len(self.reasons)]]
 
 
+def _check_rejects(path: UPath) -> None:
+    """Raises UsageError: a file that no earlier run wrote; it would be lost."""
+    if path.is_file():
+        with path.open("rb") as file:
+            first = file.readline(1 << 20)
+        if not first or b'"reason"' in first:
+            return
+    raise UsageError("`rejects`", f"{path} is something else than rejects of an earlier run", "a new file")
+
+
 class RejectsFile:
     """A JSON line for each picture that didn't make it; the file appears with the first one."""
 
@@ -96,6 +109,7 @@ class RejectsFile:
 
     def __enter__(self) -> "RejectsFile":
         if self.path and storage.as_path(self.path).exists():
+            _check_rejects(storage.as_path(self.path))
             storage.as_path(self.path).unlink()  # of an earlier run: what is still wrong will be said again
         return self
 

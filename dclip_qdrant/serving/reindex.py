@@ -92,7 +92,7 @@ def _points_of_source(store: Store, source: str, images_root: str | None, prefix
     _, pictures = read_any(source, images_root=images_root, captions=False)
     met: set[str] = set()
     while window := list(islice(pictures, WINDOW)):
-        picture_of = {point_id(prefix + p.key): p for p in window}
+        picture_of = {point_id(prefix + p.key): p for p in window if p.error is None}
         payloads = store.payloads(list(picture_of), None)
         met |= set(payloads)
         yield from ((i, payloads[i], p) for i, p in picture_of.items() if i in payloads)

@@ -6,11 +6,13 @@ one. A folder is filled beside its place and moved there when it is complete. A 
 else is never removed.
 """
 
+import fnmatch
 import json
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -22,10 +24,33 @@ from dclip_qdrant.errors import UsageError
 PARTIAL = ".partial"
 
 
+@dataclass(frozen=True)
+class FolderKind:
+    """A folder that we write as a whole, and how one of ours is told from a folder of the user's.
+
+    `marker`: a JSON file that is written last and has the key `says`. `files`: patterns of everything that we
+    put there; with anything else in it a folder is never replaced.
+    """
+
+    name: str  # for people: "pairs"
+    marker: str
+    says: str
+    files: tuple[str, ...]
+
+
+PAIRS_FOLDER = FolderKind("pairs", "manifest.json", "contract", ("pairs-*.parquet", "rejects.jsonl"))
+
+
 def as_path(path: "str | Path | UPath") -> UPath:
     """A path or URI as the one type that the product works with; `file://` becomes a plain local path."""
     text = str(path)
     return UPath(text.removeprefix("file://")) if text.startswith("file://") else UPath(text)
+
+
+def absolute(path: "str | Path | UPath") -> UPath:
+    """The path as it holds from any current folder; a URI stays as it is."""
+    plain = as_path(path)
+    return plain if is_uri(plain) else plain.absolute()
 
 
 def is_uri(path: "str | Path | UPath") -> bool:
@@ -103,42 +128,59 @@ def is_empty(folder: UPath) -> bool:
     return not folder.exists() or (folder.is_dir() and next(iter(folder.iterdir()), None) is None)
 
 
-def check_free(folder: "str | Path | UPath", marker: str, *, overwrite: bool, kind: str) -> None:
+def check_free(folder: "str | Path | UPath", kind: FolderKind, *, overwrite: bool) -> None:
     """Makes sure that `new_folder` may write here, before minutes of work.
 
     Raises:
-        UsageError: something else lies there (no file `marker` in it), or a `kind` lies there and isn't to be
-            overwritten.
+        UsageError: something else lies there, or a folder of this kind that isn't to be overwritten, or one
+            with other files in it.
     """
     target = as_path(folder)
     if is_empty(target):
         return
-    if not (target / marker).exists():
-        raise UsageError(
-            folder, f"something else than {kind} lies here", "an empty or new folder", "another folder"
-        )
+    if not target.is_dir():
+        raise UsageError(folder, "a file", "an empty or new folder")
+    if not _is_ours(target, kind):
+        came = f"something else than {kind.name} lies here"
+        raise UsageError(folder, came, "an empty or new folder", "another folder")
     if not overwrite:
-        raise UsageError(folder, f"there are {kind} here already", do="`overwrite`, or another folder")
+        raise UsageError(folder, f"there are {kind.name} here already", do="`overwrite`, or another folder")
+    ours = (kind.marker, *kind.files)
+    for file in sorted(target.iterdir(), key=str):
+        if file.is_dir() or not any(fnmatch.fnmatch(file.name, pattern) for pattern in ours):
+            came = f"{file.name!r} lies among the {kind.name}, and replacing them would remove it"
+            raise UsageError(folder, came, "nothing but our own files", "move it away, or another folder")
+
+
+def _is_ours(folder: UPath, kind: FolderKind) -> bool:
+    """Whether the marker is there and says what ours says: others have a manifest.json too."""
+    marker = folder / kind.marker
+    if not marker.is_file():
+        return False
+    try:
+        facts = json.loads(marker.read_text())
+    except ValueError:
+        return False
+    return isinstance(facts, dict) and kind.says in facts
 
 
 @contextmanager
-def new_folder(folder: "str | Path | UPath", marker: str, *, overwrite: bool, kind: str) -> Iterator[UPath]:
+def new_folder(folder: "str | Path | UPath", kind: FolderKind, *, overwrite: bool) -> Iterator[UPath]:
     """An empty folder to fill, which takes its place when the block ends without an error.
 
-    Only a folder with a file `marker` in it (the manifest that is written last) is ever replaced, and only
-    with `overwrite`.
+    Only a folder of our own and of the same kind is ever replaced, and only with `overwrite`.
 
     Raises:
         UsageError: as in `check_free`.
     """
     target = as_path(folder)
-    check_free(target, marker, overwrite=overwrite, kind=kind)
+    check_free(target, kind, overwrite=overwrite)
     part = target.parent / f".{target.name}{PARTIAL}"
     remove(part)
     part.mkdir(parents=True)
     try:
         yield part
-        check_free(target, marker, overwrite=overwrite, kind=kind)
+        check_free(target, kind, overwrite=overwrite)
         remove(target)
         move(part, target)
     except BaseException:

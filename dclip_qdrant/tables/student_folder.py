@@ -3,6 +3,8 @@
 import hashlib
 from pathlib import Path
 
+from dclip_qdrant.tables.storage import FolderKind
+
 MANIFEST = "manifest.json"  # written last: a folder without it is not a student
 MANIFEST_VERSION = 1
 IDENTITY = (  # what decides which vector an input gets
@@ -12,6 +14,13 @@ IDENTITY = (  # what decides which vector an input gets
     "preprocessor_config.json",
     "open_clip_model.safetensors",
     "open_clip_config.json",
+)
+RUN_FILE = "run.txt"  # the run that a student was exported from
+STUDENT_FOLDER = FolderKind(
+    "a student",
+    MANIFEST,
+    "fingerprint",
+    (*IDENTITY, RUN_FILE, "tokenizer_config.json", "recipe.toml", "metrics.json", "README.md"),
 )
 
 

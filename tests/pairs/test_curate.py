@@ -306,6 +306,6 @@ def test_a_redirect_to_the_inside_is_refused(monkeypatch):
 
 def test_a_line_of_another_form_is_named(tmp_path):
     (tmp_path / "x.tsv").write_text("no tab here\n")
-    with pytest.raises(InputError, match=r"x.tsv, line 1: .*caption<TAB>URL"):
+    with pytest.raises(InputError, match=r"x.tsv:1: .*an address and a caption in two columns"):
         fetch(str(tmp_path / "x.tsv"), str(tmp_path / "out"))
     assert Path(tmp_path / "out" / "images").is_dir()

@@ -232,8 +232,9 @@ def test_rejects_say_path_and_reason_and_are_counted(folder, tmp_path):
     ]
     write_split_rows(folder, rows)
     manifest = build(str(folder), str(tmp_path / "out"))
-    assert manifest["rejects"] == 7
+    assert manifest["rejects"] == 6
     assert sum(manifest["splits"].values()) == 6
+    assert manifest["captions"] == 7  # a second row of a picture is a second caption
     reasons = {
         json.loads(line)["key"]: json.loads(line)["reason"]
         for line in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()
@@ -242,7 +243,6 @@ def test_rejects_say_path_and_reason_and_are_counted(folder, tmp_path):
         "text.jpg": "looks like text",
         "empty.jpg": "an empty file",
         "missing.jpg": "No such file",
-        "0.png": "a second picture named",
         "images/1.png": "an empty caption",
         "images/2.png": "no caption",
         "images/3.png": "`split_map` holdout=train",

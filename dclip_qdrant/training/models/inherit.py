@@ -19,6 +19,7 @@ _BLOCK = {
 }
 
 CONFIG = "open_clip_config.json"  # written last
+MODEL_FOLDER = storage.FolderKind("a model", CONFIG, "model_cfg", ("open_clip_model.safetensors",))
 
 
 def kept(have: int, want: int) -> list[int]:
@@ -76,6 +77,6 @@ def write(
     if (target / CONFIG).is_file():
         return
     config, state = cut(model, image_layers=image_layers, text_layers=text_layers)
-    with storage.new_folder(target, CONFIG, overwrite=True, kind="a model") as part:
+    with storage.new_folder(target, MODEL_FOLDER, overwrite=True) as part:
         save_file({k: v.contiguous() for k, v in state.items()}, str(part / "open_clip_model.safetensors"))
         storage.write_json(part / CONFIG, {"model_cfg": config, "preprocess_cfg": asdict(model.preprocess)})

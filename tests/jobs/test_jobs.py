@@ -392,10 +392,13 @@ def test_ingest_job_and_cli_agree(on_head, student_folder, scenes_folder, tmp_pa
             (scenes_folder / "images" / f"train-{i:05d}.jpg").read_bytes()
         )
     (tmp_path / "src" / "bad.jpg").write_text("text")
-    # a picture that the source names twice is one picture and one reject, whichever actor sees it first
-    names = [*(f"{i}.jpg" for i in range(12)), "bad.jpg", "0.jpg"]
+    # two pictures under one id are one picture and one reject, whichever actor sees it first
+    names = [*(f"{i}.jpg" for i in range(12)), "bad.jpg", "copy/0.jpg"]
+    (tmp_path / "src" / "copy").mkdir()
+    shutil.copy(tmp_path / "src" / "0.jpg", tmp_path / "src" / "copy" / "0.jpg")
+    rows = [{"file_name": name, "id": Path(name).name, "caption": "a"} for name in names]
     source = tmp_path / "src" / "catalogue.jsonl"
-    source.write_text("".join(json.dumps({"file_name": name, "caption": "a"}) + "\n" for name in names))
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
     args = (
         source,
         "--student",

@@ -9,6 +9,8 @@ from dclip_qdrant.pairs.build import build
 from dclip_qdrant.serving.student import Student
 from dclip_qdrant.tables import storage
 
+KIND = storage.FolderKind("pairs", "manifest.json", "contract", ("value", "inner"))
+
 
 @pytest.fixture
 def bucket():
@@ -47,16 +49,16 @@ def test_a_folder_appears_when_it_is_whole(root):
     target = f"{root}/made"
 
     def fail_inside():
-        with storage.new_folder(target, "manifest.json", overwrite=False, kind="x") as part:
+        with storage.new_folder(target, KIND, overwrite=False) as part:
             storage.write_text(part / "half", "")
             raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
         fail_inside()
     assert storage.is_empty(storage.as_path(target))
-    with storage.new_folder(target, "manifest.json", overwrite=False, kind="x") as part:
+    with storage.new_folder(target, KIND, overwrite=False) as part:
         storage.write_text(part / "inner" / "one", "1")
-        storage.write_json(part / "manifest.json", {})
+        storage.write_json(part / "manifest.json", {"contract": "pairs/1"})
     assert storage.as_path(f"{target}/inner/one").read_text() == "1"
 
 
@@ -66,7 +68,7 @@ def test_what_somebody_else_keeps_there_stays(root):
     for overwrite in (False, True):
         with (
             pytest.raises(UsageError, match="something else than pairs"),
-            storage.new_folder(theirs, "manifest.json", overwrite=overwrite, kind="pairs"),
+            storage.new_folder(theirs, KIND, overwrite=overwrite),
         ):
             raise AssertionError("never entered")
     assert storage.as_path(f"{theirs}/thesis.txt").read_text() == "years of work"
@@ -75,15 +77,32 @@ def test_what_somebody_else_keeps_there_stays(root):
 def test_ours_is_replaced_only_when_asked(root):
     ours = f"{root}/ours"
     for content in ("1", "2"):
-        with storage.new_folder(ours, "manifest.json", overwrite=content == "2", kind="pairs") as part:
+        with storage.new_folder(ours, KIND, overwrite=content == "2") as part:
             storage.write_text(part / "value", content)
-            storage.write_json(part / "manifest.json", {})
+            storage.write_json(part / "manifest.json", {"contract": "pairs/1"})
     assert storage.as_path(f"{ours}/value").read_text() == "2"
     with (
         pytest.raises(UsageError, match="`overwrite`"),
-        storage.new_folder(ours, "manifest.json", overwrite=False, kind="pairs"),
+        storage.new_folder(ours, KIND, overwrite=False),
     ):
         raise AssertionError("never entered")
+
+
+def test_a_folder_of_ours_with_somebody_elses_file_is_not_replaced(root):
+    ours = f"{root}/ours"
+    with storage.new_folder(ours, KIND, overwrite=False) as part:
+        storage.write_json(part / "manifest.json", {"contract": "pairs/1"})
+    storage.write_text(f"{ours}/notes.txt", "mine")
+    with pytest.raises(UsageError, match=r"'notes.txt' lies among the pairs"):
+        storage.check_free(ours, KIND, overwrite=True)
+    assert storage.as_path(f"{ours}/notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("manifest", ['{"name": "a web app"}', "[]", "{oops"])
+def test_somebody_elses_manifest_is_not_ours(root, manifest):
+    storage.write_text(f"{root}/theirs/manifest.json", manifest)
+    with pytest.raises(UsageError, match="something else than pairs"):
+        storage.check_free(f"{root}/theirs", KIND, overwrite=True)
 
 
 def test_a_uri_is_refused_by_name_where_a_disk_is_needed():

@@ -62,6 +62,12 @@ class DclipError(Exception):
         names = self.names or _names.get() or {}
         return re.sub(r"`(\w+)`", lambda match: names.get(match.group(1), match.group(0)), self._line())
 
+    @classmethod
+    def of_line(cls, line: str) -> "DclipError":
+        """An error out of the line that it printed: where an exception crossed a border as text alone."""
+        where, _, came = line.partition(": ")
+        return cls(where, came) if came else cls("", line)
+
     def __reduce__(self) -> tuple[type, tuple[str | None, ...]]:
         """Crosses process borders whole (Ray pickles errors)."""
         return type(self), (self.where, self.came, self.expected, self.do)

@@ -18,6 +18,7 @@ EXTRA_OF = {  # which extra brings a module that may be absent
     "safetensors": "train",
     "timm": "train",
     "matplotlib": "train",
+    "transformers": "hf",
     "qdrant_edge": "edge",
     "fastembed": "fastembed",
     "starlette": "serve",

@@ -11,29 +11,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from dclip_qdrant.errors import InputError, UsageError
+from dclip_qdrant.detectors.pickles import check_checkpoint
+from dclip_qdrant.errors import UsageError
 from dclip_qdrant.lookup import missing
 from dclip_qdrant.pictures.regions import Regions
 
-# Checkpoints are pickles: these are the packages whose names an honest YOLO checkpoint uses.
-_TRUSTED = ("ultralytics.", "torch.", "numpy.", "collections.", "pathlib.", "argparse.")
-_TRUSTED_BUILTINS = {
-    f"{m}.{n}"
-    for m in ("builtins", "__builtin__")
-    for n in (
-        "set",
-        "slice",
-        "dict",
-        "list",
-        "tuple",
-        "object",
-        "getattr",
-        "bytearray",
-        "complex",
-        "range",
-        "frozenset",
-    )
-}
+TASKS = ("detect", "segment", "pose")  # those whose results have boxes
 
 
 @contextmanager
@@ -75,16 +58,18 @@ class Yolo:
             )
         os.environ.setdefault("YOLO_VERBOSE", "false")
         os.environ.setdefault("YOLO_AUTOINSTALL", "false")  # it would run pip in the user's environment
+        # importing it writes settings: to a folder of our own, never over the user's
+        os.environ.setdefault("YOLO_CONFIG_DIR", str(Path.home() / ".cache" / "dclip-qdrant" / "ultralytics"))
         try:
             with _process_kept():
                 from ultralytics import YOLO
                 from ultralytics.utils import SETTINGS
         except ModuleNotFoundError as e:
             raise missing(e.name or "ultralytics", "the yolo detector") from e
-        if SETTINGS.get("sync"):
-            SETTINGS["sync"] = False  # no usage reports from our users' machines
+        # no usage reports from our users' machines; dict's own way, since SETTINGS' writes the settings file
+        dict.__setitem__(SETTINGS, "sync", False)
         if Path(weights).is_file():
-            _check_pickle(Path(weights))
+            check_checkpoint(Path(weights))
             self.fingerprint = "yolo-" + hashlib.sha256(Path(weights).read_bytes()).hexdigest()[:16]
         else:
             self.fingerprint = f"yolo-{weights}"
@@ -97,6 +82,9 @@ class Yolo:
                 f"{weights}: {str(e).splitlines()[0][:200]}",
                 "a YOLO .pt file, or a name like yolo11n.pt",
             ) from e
+        if self._model.task not in TASKS:
+            came = f"{weights} is a model for the task {self._model.task!r}, which gives no boxes"
+            raise UsageError("detector weights", came, f"a model for {', '.join(TASKS)}")
         self._options = {
             "imgsz": image_size,
             "conf": min_score,
@@ -117,25 +105,4 @@ class Yolo:
             boxes.xyxy.cpu().numpy().astype(np.float32).reshape(-1, 4),
             boxes.conf.cpu().numpy().astype(np.float32),
             labels,
-        )
-
-
-def _check_pickle(path: Path) -> None:
-    """Refuses a checkpoint that names functions no YOLO needs (os.system and friends); it is read without
-    running anything."""
-    import torch
-
-    try:
-        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except Exception as e:
-        raise InputError(
-            path, f"not a torch checkpoint ({str(e).splitlines()[0][:120]})", "a YOLO .pt file"
-        ) from e
-    strange = [n for n in names if not n.startswith(_TRUSTED) and n not in _TRUSTED_BUILTINS]
-    if strange:
-        raise InputError(
-            path,
-            f"a checkpoint that would run {', '.join(strange[:3])}",
-            "only torch, numpy and ultralytics inside",
-            "don't load it",
         )

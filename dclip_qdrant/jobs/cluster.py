@@ -1,19 +1,22 @@
 """Ray, as our jobs use it: connect, know how much there is, map an actor pool over pairs, and get our own
 errors back out."""
 
+import json
 import logging
 import os
+import re
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 from upath import UPath
 
-from dclip_qdrant.errors import DclipError, UsageError
+from dclip_qdrant import errors
+from dclip_qdrant.errors import DclipError, InputError, UsageError
 from dclip_qdrant.lookup import need
 from dclip_qdrant.pairs import Pairs
 from dclip_qdrant.tables.contracts import Contract
@@ -172,6 +175,39 @@ def quiet_data_context() -> Any:
     return context
 
 
+class Guarded:
+    """An actor of Ray Data whose own errors come back as rows: raised in an actor they would be tried again,
+    printed with a hundred lines of Ray, and arrive without what they are."""
+
+    def __init__(self, actor: type, arguments: dict[str, Any]) -> None:
+        self.make, self.actor = (lambda: actor(**arguments)), None
+
+    def __call__(self, batch: Any) -> Any:
+        import pyarrow as pa
+
+        done, error = 0, ""
+        try:
+            if self.actor is None:
+                self.actor = self.make()
+            done = int(np.asarray(self.actor(batch)["done"]).sum())
+        except DclipError as e:
+            error = json.dumps([type(e).__name__, e.where, e.came, e.expected, e.do])
+        return pa.table({"done": [done], "error": [error]})
+
+
+def finished(dataset: Any) -> Iterator[int]:
+    """Runs a dataset of `Guarded` actors; how many rows each block did.
+
+    Raises:
+        DclipError: the first that an actor met.
+    """
+    for block in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
+        for told in filter(None, block["error"].to_pylist()):
+            kind, *parts = json.loads(told)
+            raise getattr(errors, kind)(*parts)
+        yield int(np.asarray(block["done"]).sum())
+
+
 def map_pairs(
     pairs: Pairs,
     actor: type,
@@ -205,7 +241,10 @@ def map_pairs(
     # its listing may end with a traceback (a race of its threads)
     context.use_datasource_v2 = False
     size = pool_size(actors)
-    dataset = ray.data.read_parquet([str(f) for f in pairs.files], columns=columns or READ_COLUMNS)
+    # partitioning: columns come from the files alone; Ray would take `split=test` in a path for a column
+    dataset = ray.data.read_parquet(
+        [str(f) for f in pairs.files], columns=columns or READ_COLUMNS, partitioning=None
+    )
     if have:
         keys = ray.put(have)
 
@@ -219,8 +258,8 @@ def map_pairs(
     rows_a_block = max(batch, min(256, todo // (4 * size)))
     dataset = dataset.repartition(target_num_rows_per_block=rows_a_block)
     dataset = dataset.map_batches(
-        actor,
-        fn_constructor_kwargs={**arguments, "out": str(out), "threads": threads_for(size)},
+        Guarded,
+        fn_constructor_args=(actor, {**arguments, "out": str(out), "threads": threads_for(size)}),
         batch_format="pyarrow",
         batch_size=batch,
         num_cpus=1,
@@ -229,13 +268,18 @@ def map_pairs(
     )
     done, began = 0, time.monotonic()
     last_line = began
-    for block in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
-        done += int(np.asarray(block["done"]).sum())
+    for count in finished(dataset):
+        done += count
         now = time.monotonic()
         if now - last_line > LOG_EVERY:
             last_line = now
             speed = done / (now - began)
             logger.info("%s: %s of %s pictures (%.0f/s)", name, f"{done:,}", f"{todo:,}", speed)
+    if done != todo:
+        came = f"{done:,} of {todo:,} pictures came out of this stage"
+        raise InputError(
+            name, came, "all of them", "submit it again; if that doesn't help, make the pairs again"
+        )
     return done
 
 
@@ -272,4 +316,8 @@ def own_error(error: BaseException) -> DclipError | None:
         failures = getattr(e, "worker_failures", None)
         if isinstance(failures, dict):
             waiting += list(failures.values())
+        told = re.findall(r"^dclip_qdrant\.errors\.(\w+): (.+)$", str(getattr(e, "traceback_str", "")), re.M)
+        if told:  # what is left of an error that Ray wrapped twice
+            kind, line = told[-1]
+            return getattr(errors, kind).of_line(line)
     return None

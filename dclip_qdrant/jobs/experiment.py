@@ -26,6 +26,7 @@ from dclip_qdrant.tables import storage
 from dclip_qdrant.tables.stages import Stage, digest
 from dclip_qdrant.training import hubness
 from dclip_qdrant.training.models import inherit, two_tower
+from dclip_qdrant.training.models.trial import try_recipe, try_towers
 from dclip_qdrant.training.models.two_tower import TwoTower
 from dclip_qdrant.training.runs import Run
 from dclip_qdrant.training.student_task import Weighted, reads_regions
@@ -112,6 +113,7 @@ class Experiment:
         """
         for package in NEEDED:
             need(package, "distill")
+        _check_out(request.out)
         pairs = Pairs.open(request.pairs)
         have = pairs.splits()
         if not have.get("train"):
@@ -140,7 +142,10 @@ class Experiment:
         # a cut of the base has its width and its projections: nothing has to be cut to check them
         is_other = self.request.recipe.student.model is not None
         student = self.student if is_other else self.base
+        for model in {id(m): m for m in (self.base, student)}.values():
+            try_towers(model)
         for recipe in self.recipes:
+            try_recipe(recipe, self.base, student)
             Weighted(recipe.objectives, student.dim, self.base.dim)
             Weighted(recipe.index.objectives, student.dim, student.dim)
             if recipe.hubness.on or recipe.index.objectives:
@@ -343,6 +348,14 @@ class Experiment:
                 run.stage.clear()
         failures |= runner(every)
         return Outcome(base, runs, main, failures)
+
+
+def _check_out(out: str) -> None:
+    """Raises UsageError: a folder with other things in it; a run writes tables and reports by fixed names."""
+    folder = storage.as_path(out)
+    if not storage.is_empty(folder) and not (folder / "stages").exists():
+        came = f"{out} holds other things than an earlier run"
+        raise UsageError("`out`", came, "a new or empty folder, or that of an earlier run")
 
 
 def wants_regions(recipe: Recipe) -> bool:

@@ -13,7 +13,15 @@ from upath import UPath
 
 from dclip_qdrant import metrics
 from dclip_qdrant.errors import InputError
-from dclip_qdrant.jobs.cluster import actor_threads, gpus, pool_size, quiet_data_context, threads_for
+from dclip_qdrant.jobs.cluster import (
+    Guarded,
+    actor_threads,
+    finished,
+    gpus,
+    pool_size,
+    quiet_data_context,
+    threads_for,
+)
 from dclip_qdrant.tables import contracts, storage
 from dclip_qdrant.tables.stages import Stage, parts, write_part
 from dclip_qdrant.training.models import two_tower
@@ -134,15 +142,22 @@ def cache_teacher(stage: Stage, features: Stage, *, base: str, teacher: UPath, a
         }
         dataset = ray.data.from_items([{"file": str(file)} for file in waiting])
         dataset = dataset.map_batches(
-            TeachFiles,
-            fn_constructor_kwargs=arguments,
+            Guarded,
+            fn_constructor_args=(TeachFiles, arguments),
             batch_size=4,
             num_cpus=1,
             num_gpus=1 if gpus() else None,
             compute=ray.data.ActorPoolStrategy(size=size),
         )
-        for _ in dataset.iter_batches(batch_size=None):
+        for _ in finished(dataset):
             pass
+    wanted = sum(
+        table["split"].to_pylist().count("train")
+        for table in parts(features.path, contracts.FEATURES, ["split"])
+    )
     rows = sum(table.num_rows for table in parts(stage.path, contracts.TEACHER_CACHE, ["key"]))
+    if rows != wanted:
+        came = f"{rows:,} of {wanted:,} views came out of this stage"
+        raise InputError("teacher cache", came, "all of them", "run it again with `from_scratch`")
     stage.finish(rows=rows)
     logger.info("teacher cache: %s views", f"{rows:,}")

@@ -2,14 +2,20 @@
 `label_name` (or `label`)."""
 
 import hashlib
+import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 from upath import UPath
 
 from dclip_qdrant.errors import InputError, UsageError
+from dclip_qdrant.pairs.readers.picture import locate
+from dclip_qdrant.pairs.readers.tar_file import is_litter
 from dclip_qdrant.pictures import images
 from dclip_qdrant.tables import storage
 
@@ -29,7 +35,7 @@ class Labelled:
     @classmethod
     def open(cls, path: str | Path) -> "Labelled":
         """Raises UsageError (nothing there) or InputError (no classes, no columns)."""
-        root = storage.as_path(path)
+        root = storage.absolute(path)
         if root.is_dir():
             rows = _rows_of_folder(root)
         elif root.is_file():
@@ -65,12 +71,12 @@ def _rows_of_folder(root: UPath) -> list[tuple[bytes | str, str]]:
     rows: list[tuple[bytes | str, str]] = []
     for folder in sorted((f for f in root.iterdir() if f.is_dir()), key=str):
         files = sorted((f for f in folder.iterdir() if f.suffix.lower() in images.SUFFIXES), key=str)
-        rows += [(str(file), folder.name) for file in files]
+        rows += [(str(file), folder.name) for file in files if not is_litter(file.name)]
     return rows
 
 
 def _rows_of_parquet(file: UPath) -> list[tuple[bytes | str, str]]:
-    """(bytes, class) of every row."""
+    """(bytes or path, class) of every row."""
     with storage.open_for_arrow(file) as f:
         try:
             table = pq.read_table(f)
@@ -81,5 +87,47 @@ def _rows_of_parquet(file: UPath) -> list[tuple[bytes | str, str]]:
     if column is None or "image" not in table.column_names:
         came = f"columns {', '.join(table.column_names)}"
         raise InputError(file, came, "image and label_name (or label)")
-    pictures = [value["bytes"] if isinstance(value, dict) else value for value in table["image"].to_pylist()]
-    return list(zip(pictures, map(str, table[column].to_pylist()), strict=True))
+    pictures = [_picture(value, file, row) for row, value in enumerate(table["image"].to_pylist())]
+    return list(zip(pictures, _class_names(table, column, file), strict=True))
+
+
+def _picture(value: Any, file: UPath, row: int) -> bytes | str:
+    """Bytes, or the path of a picture beside the Parquet file. Raises InputError."""
+    data = value.get("bytes") or value.get("path") if isinstance(value, dict) else value
+    if isinstance(data, bytes) and data:
+        return data
+    if isinstance(data, str) and data:
+        return locate(storage.absolute(file).parent, data)
+    raise InputError(f"{file}#{row}", "no picture", "bytes, a path, or {bytes, path}")
+
+
+def _class_names(table: pa.Table, column: str, file: UPath) -> list[str]:
+    """The class of each row in words. Hugging Face keeps numbers, with their names in the file's metadata.
+
+    Raises:
+        InputError: numbers without names ("a photo of a 3." would measure nothing), or a row without a class.
+    """
+    values = table[column].to_pylist()
+    empty = next((row for row, value in enumerate(values) if value in (None, "")), None)
+    if empty is not None:
+        raise InputError(f"{file}#{empty}", f"no {column}", "a class for every picture")
+    texts = [str(value) for value in values]
+    if not all(re.fullmatch(r"-?\d+(\.0)?", text) for text in texts):
+        return texts
+    names = _names_in_metadata(table.schema, column)
+    numbers = [int(float(text)) for text in texts]
+    if not names or not 0 <= min(numbers) <= max(numbers) < len(names):
+        came = f"classes that are numbers ({', '.join(sorted(set(texts))[:3])}, …) without names"
+        do = "add a column label_name, or sort the pictures into a folder per class"
+        raise InputError(file, came, "the classes' names: they become prompts", do)
+    return [names[number] for number in numbers]
+
+
+def _names_in_metadata(schema: pa.Schema, column: str) -> list[str]:
+    """Names of a ClassLabel column, as `datasets` writes them into Parquet files."""
+    try:
+        info = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+        names = info["info"]["features"][column]["names"]
+    except (ValueError, KeyError, TypeError):
+        return []
+    return [str(name) for name in names] if isinstance(names, list) else []

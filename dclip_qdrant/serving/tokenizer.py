@@ -3,6 +3,7 @@ file."""
 
 import html
 import re
+import string
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,7 +21,19 @@ def clean_basic(text: str) -> str:
     return re.sub(r"\s+", " ", html.unescape(html.unescape(ftfy.fix_text(text)))).strip()
 
 
-CLEANERS: dict[str, Callable[[str], str]] = {"basic": clean_basic, "none": lambda text: text}
+def clean_canonical(text: str) -> str:
+    """SigLIP's, after clean_basic: no punctuation, lower case (big_vision's canonicalize_text)."""
+    text = clean_basic(text).replace("_", " ").translate(_NO_PUNCTUATION)
+    return " ".join(text.lower().split())
+
+
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+CLEANERS: dict[str, Callable[[str], str]] = {
+    "basic": clean_basic,
+    "lower": lambda text: clean_basic(text).lower(),
+    "canonicalize": clean_canonical,
+    "none": lambda text: text,
+}
 
 
 class Tokenizer:

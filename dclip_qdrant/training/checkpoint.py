@@ -4,6 +4,7 @@ Only tensors and plain values are inside a `step-N.pt`, and it is read with weig
 """
 
 import io
+import logging
 import re
 from typing import Any
 
@@ -11,6 +12,8 @@ import torch
 from upath import UPath
 
 from dclip_qdrant.tables import storage
+
+logger = logging.getLogger(__name__)
 
 
 class Checkpoints:
@@ -34,13 +37,15 @@ class Checkpoints:
             old.unlink()
 
     def load(self) -> dict[str, Any] | None:
-        """The newest state, or None. A file cut short by a crash of the disk is passed over for the one
-        before."""
+        """The newest state, or None. A file that a crash of the disk cut short, or filled with zeros or with
+        something else, is passed over for the one before, and said."""
         for _, path in reversed(self._by_step()):
+            data = path.read_bytes()
             try:
-                return torch.load(io.BytesIO(path.read_bytes()), map_location="cpu", weights_only=True)
-            except (RuntimeError, EOFError, ValueError):
-                continue
+                return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+            except Exception as e:  # torch's readers raise whatever the bytes lead to
+                reason = (str(e) or type(e).__name__).splitlines()[0][:120]
+                logger.warning("%s can't be read (%s): the one before it is taken", path, reason)
         return None
 
     def clear(self) -> None:

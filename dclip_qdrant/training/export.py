@@ -27,7 +27,8 @@ class _Image(nn.Module):
         self.tower = model.model.visual
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        return F.normalize(self.tower(pixel_values), dim=-1)
+        out = self.tower(pixel_values)
+        return F.normalize(out[0] if isinstance(out, tuple) else out, dim=-1)  # CoCa's gives its tokens too
 
 
 class _Text(nn.Module):

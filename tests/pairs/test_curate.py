@@ -3,9 +3,6 @@ test's own."""
 
 import io
 import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +12,6 @@ from dclip_qdrant.errors import InputError, UsageError
 from dclip_qdrant.pairs import Pairs
 from dclip_qdrant.pairs.build import build
 from dclip_qdrant.pairs.curate import curate, difference_hash
-from dclip_qdrant.pairs.fetch import FetchReport, Manners, check, fetch
 from dclip_qdrant.pairs.leak import leak
 
 
@@ -171,141 +167,3 @@ def test_a_leak_on_purpose(tmp_path):
     assert len(keys(tmp_path / "leaked", "train")) == 1 + count
     assert leak(a, str(tmp_path / "leaked"), share=0.5) == count
     assert Pairs.open(str(tmp_path / "leaked")).fingerprint != Pairs.open(a).fingerprint
-
-
-# --- by URL
-
-
-@pytest.fixture
-def site():
-    """/ok/N a picture, /text, /gone, /big, /to/X redirects; counts what it was asked."""
-    asked, at = [], []
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self):
-            import time
-
-            asked.append(self.path)
-            at.append(time.monotonic())
-            body, code, more = b"", 200, {}
-            if self.path.startswith("/ok/"):
-                body = jpeg(picture(int(self.path.split("/")[-1])))
-            elif self.path == "/text":
-                body = b"<html>hello</html>"
-            elif self.path == "/big":
-                body = b"x" * (2 << 20)
-            elif self.path.startswith("/to/"):
-                code, more = 302, {"Location": self.path.removeprefix("/to")}
-            else:
-                code = 404
-            self.send_response(code)
-            for k, v in more.items():
-                self.send_header(k, v)
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *_):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}", asked, at
-    server.shutdown()
-    server.server_close()
-
-
-MINE = Manners(host_seconds=0.0, private=True, max_bytes=1 << 20)
-
-
-def test_fetching_lists_what_failed_and_resumes(site, tmp_path):
-    url, asked, _ = site
-    lines = [
-        f"a red thing\t{url}/ok/1",
-        f"words\t{url}/text",
-        f"gone\t{url}/gone",
-        f"large\t{url}/big",
-        f"moved\t{url}/to/ok/2",
-        f"round\t{url}/to/to/to/to/ok/3",
-        "x\tftp://x/y",
-    ]
-    (tmp_path / "cc.tsv").write_text("".join(line + "\n" for line in lines))
-    counts = fetch(str(tmp_path / "cc.tsv"), str(tmp_path / "out"), MINE).row()
-    assert counts == {"asked": 7, "fetched": 2, "known": 0, "rejected": 5}
-    why = {
-        r["url"].rsplit("/", 1)[-1]: r["reason"]
-        for r in map(json.loads, (tmp_path / "out" / "rejects.jsonl").read_text().splitlines())
-    }
-    assert "looks like text" in why["text"]
-    assert (why["gone"], why["big"], why["3"]) == (
-        "answered 404",
-        "more than 1,048,576 bytes",
-        "more than 2 redirects",
-    )
-    before = len(asked)
-    again = fetch(str(tmp_path / "cc.tsv"), str(tmp_path / "out"), MINE)
-    assert again == FetchReport(asked=7, fetched=0, known=7, rejected=0)
-    assert len(asked) == before
-    m = build(str(tmp_path / "out"), str(tmp_path / "pairs"))
-    assert (m["captions"], m["rejects"]) == (2, 0)
-
-
-def test_one_host_is_asked_slowly_and_only_so_much(site, tmp_path):
-    url, asked, at = site
-    (tmp_path / "l.jsonl").write_text(
-        "".join(json.dumps({"url": f"{url}/ok/{i}", "caption": "x"}) + "\n" for i in range(9))
-    )
-    fetch(str(tmp_path / "l.jsonl"), str(tmp_path / "out"), Manners(limit=4, host_seconds=0.05, private=True))
-    assert len(asked) == 4
-    assert min(np.diff(sorted(at))) >= 0.045
-
-
-@pytest.mark.parametrize(
-    "url",
-    [
-        "http://127.0.0.1/x",
-        "http://localhost:80/x",
-        "http://10.1.2.3/x",
-        "http://169.254.169.254/latest",
-        "http://[::1]/x",
-        "file:///etc/passwd",
-        "http://u:p@8.8.8.8/x",
-    ],
-)
-def test_a_strangers_list_does_not_reach_inside(url):
-    from dclip_qdrant.pairs.fetch import Refused
-
-    with pytest.raises(Refused, match="private network|not an http"):
-        check(url, Manners())
-
-
-def test_a_redirect_to_the_inside_is_refused(monkeypatch):
-    from dclip_qdrant.pairs import fetch as module
-
-    seen = []
-
-    def checked(url, manners):
-        seen.append(url)
-        if len(seen) > 1:
-            raise module.Refused("an address of a private network")
-
-    class Opener:
-        def open(self, request, timeout):
-            import urllib.error
-
-            raise urllib.error.HTTPError(
-                request.full_url, 302, "x", {"Location": "http://127.0.0.1/secret"}, None
-            )
-
-    monkeypatch.setattr(module, "check", checked)
-    monkeypatch.setattr(module.urllib.request, "build_opener", lambda *_: Opener())
-    with pytest.raises(module.Refused, match="private network"):
-        module.get("http://example.com/a.jpg", Manners())
-    assert seen == ["http://example.com/a.jpg", "http://127.0.0.1/secret"]
-
-
-def test_a_line_of_another_form_is_named(tmp_path):
-    (tmp_path / "x.tsv").write_text("no tab here\n")
-    with pytest.raises(InputError, match=r"x.tsv:1: .*an address and a caption in two columns"):
-        fetch(str(tmp_path / "x.tsv"), str(tmp_path / "out"))
-    assert Path(tmp_path / "out" / "images").is_dir()

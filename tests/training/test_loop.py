@@ -181,11 +181,14 @@ def test_a_killed_run_resumes_to_the_same_weights_and_history(at, extras, tmp_pa
     assert [r["loss"] for r in got] == pytest.approx([r["loss"] for r in wanted])
 
 
-def test_a_half_written_checkpoint_is_passed_over(tmp_path):
+@pytest.mark.parametrize("broken", [b"PK\x03\x04 cut short", bytes(5000), b"garbage" * 99, b"", b"\x80\x04."])
+def test_a_broken_checkpoint_is_passed_over_and_said(tmp_path, broken, caplog):
     points = Checkpoints(UPath(tmp_path))
     points.save(1, {"v": torch.tensor(1)})
-    (tmp_path / "step-2.pt").write_bytes(b"PK\x03\x04 cut short")
-    assert points.load()["v"] == 1
+    (tmp_path / "step-2.pt").write_bytes(broken)
+    with caplog.at_level("WARNING", "dclip_qdrant"):
+        assert points.load()["v"] == 1
+    assert "step-2.pt can't be read" in caplog.text
 
 
 def test_training_learns():

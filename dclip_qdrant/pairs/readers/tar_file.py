@@ -61,7 +61,9 @@ def read_tar(path: UPath, root: UPath) -> Iterator[SourcePicture]:
                 extracted = tar.extractfile(member)
                 sample[suffix] = extracted.read() if extracted else b""
     except BROKEN as e:
-        behind = f"; {current!r} is the last that was begun" if sample else ""
+        if sample:  # its members that are here are whole
+            yield from _pictures(path, current, sample)
+        behind = f"; {current!r} is the last that was read" if sample else ""
         yield unusable(path.name, path, f"a tar that can't be read to its end: {e}{behind}")
         return
     if sample:

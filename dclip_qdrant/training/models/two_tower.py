@@ -1,21 +1,16 @@
 """An open_clip model as the rest of the product sees it: two towers, what of them learns, and in which order
 their layers stand."""
 
-import hashlib
-import json
 import re
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import open_clip
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from dclip_qdrant.errors import RecipeError, UsageError
-from dclip_qdrant.lookup import did_you_mean
+from dclip_qdrant.errors import RecipeError
 from dclip_qdrant.pictures.preprocess import Preprocess
+from dclip_qdrant.training.models.bases import open_base
 
 _ATTENTION = re.compile(
     r"\.attn\.(in_proj_weight|in_proj_bias|out_proj\.|qkv\.|q\.|k\.|v\.|proj\.|q_proj\.|k_proj\.|v_proj\."
@@ -95,8 +90,9 @@ class TwoTower(nn.Module):
         return ((pixels.float() / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()
 
     def encode_image(self, pixels: Tensor) -> Tensor:
-        """[B, 3, S, S] -> [B, D], not normalised."""
-        return self.model.encode_image(pixels)
+        """[B, 3, S, S] -> [B, D], not normalised (by CoCa it is)."""
+        out = self.model.encode_image(pixels)
+        return out[0] if isinstance(out, tuple) else out
 
     @property
     def has_trunk(self) -> bool:
@@ -400,82 +396,14 @@ def interpolate(start: dict[str, Tensor], end: dict[str, Tensor], alpha: float) 
     }
 
 
-@dataclass(frozen=True)
-class _Source:
-    """What open_clip is asked for, and what names it: for a folder the hash of its files."""
-
-    name: str
-    fingerprint: str
-    pretrained: str | None = None
-    config: dict[str, Any] | None = None
-
-
 def load(name: str, *, weights: bool = True) -> TwoTower:
-    """A model by open_clip name (`ViT-B-32/openai`, hub at run time), or a local folder with
-    open_clip_config.json and safetensors.
-
-    Raises:
-        UsageError: no such folder, a folder without the two files, an unknown name, or weights that can't be
-            fetched.
-    """
-    source = _folder(Path(name)) if Path(name).is_dir() else _published(name, weights=weights)
-    try:
-        model, _, _ = open_clip.create_model_and_transforms(
-            source.name,
-            pretrained=source.pretrained,
-            load_weights=weights,
-            pretrained_text=False,
-            output_dict=False,
-        )
-        tokenizer = open_clip.get_tokenizer(source.name)
-    except Exception as e:  # hub, network, safetensors and open_clip each raise their own
-        came = f"can't be loaded: {str(e).splitlines()[0][:300] or type(e).__name__}"
-        raise UsageError(name, came, do="check the name, the network, or give a local folder") from e
-    preprocess = Preprocess.of_open_clip(getattr(model.visual, "preprocess_cfg", {}))
-    config = source.config or open_clip.get_model_config(source.name)
-    if config is None:
-        config = json.loads(json.dumps(getattr(model, "config", {"embed_dim": _dim(model)})))
-    return TwoTower(model, preprocess, tokenizer, name=name, config=config, fingerprint=source.fingerprint)
-
-
-def _folder(folder: Path) -> _Source:
-    files = [folder / "open_clip_config.json", folder / "open_clip_model.safetensors"]
-    missing = [file.name for file in files if not file.is_file()]
-    if missing:
-        raise UsageError(folder, f"no {' and no '.join(missing)}", "a folder that open_clip can load")
-    config = json.loads(files[0].read_text())["model_cfg"]
-    return _Source(f"local-dir:{folder.resolve()}", _hash_files(*files), config=config)
-
-
-def _published(name: str, *, weights: bool) -> _Source:
-    """A model of open_clip's list, or of a hub."""
-    fingerprint = hashlib.sha256(name.encode()).hexdigest()
-    if name.startswith("hf-hub:"):
-        return _Source(name, fingerprint)
-    if "/" in name and (name.startswith((".", "/")) or name.count("/") > 1):
-        expected = "a folder with open_clip_config.json, or a name like ViT-B-32/openai"
-        raise UsageError(name, "no such folder", expected)
-    model, _, tag = name.partition("/")
-    known = open_clip.list_models()
-    if model not in known:
-        raise UsageError("`base`", f"no model {model!r}", do=did_you_mean(model, known)[:200])
-    tags = open_clip.list_pretrained_tags_by_model(model)
-    if weights and not tag:
-        expected = f"{model}/TAG, TAG one of {', '.join(tags) or '(none published)'}"
-        raise UsageError("`base`", f"{model!r} without weights", expected)
-    if tag and tag not in tags:
-        raise UsageError("`base`", f"no weights {tag!r} for {model}", f"one of {', '.join(tags)}")
-    return _Source(model, fingerprint, pretrained=tag or None)
-
-
-def _dim(model: Any) -> int:
-    w = model.text_projection
-    return w.out_features if isinstance(w, nn.Linear) else w.shape[1]
-
-
-def _hash_files(*files: Path) -> str:
-    digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as f:
-            digest.update(hashlib.file_digest(f, "sha256").digest())
-    return digest.hexdigest()
+    """A model by open_clip name, or a local folder; see `open_base`, whose errors it raises."""
+    base = open_base(name, weights=weights)
+    return TwoTower(
+        base.model,
+        base.preprocess,
+        base.tokenizer,
+        name=name,
+        config=base.config,
+        fingerprint=base.fingerprint,
+    )

@@ -1,0 +1,54 @@
+"""One picture and one text through a model's towers, before any work: what a recipe will ask of them."""
+
+import torch
+from torch import Tensor
+
+from dclip_qdrant.errors import UsageError
+from dclip_qdrant.recipe import Recipe
+from dclip_qdrant.training.models.two_tower import TwoTower
+from dclip_qdrant.training.student_task import Weighted
+
+
+@torch.no_grad()
+def try_recipe(recipe: Recipe, base: TwoTower, student: TwoTower) -> None:
+    """What the recipe will ask of the base (a teacher of spans) and of the student (words, regions of its
+    feature map), tried once.
+
+    Raises:
+        RecipeError: a tower that can't give it.
+    """
+    ids = student.tokens(["a photo of a cat"])
+    reads = Weighted(recipe.objectives, student.dim, base.dim).reads
+    if recipe.teacher is not None and recipe.teacher.spans == "tokens":
+        base.encode_words(base.tokens(["a photo of a cat"]))
+    if "words" in reads:
+        student.encode_words(ids)
+    if "rois" in reads:
+        student.encode_patches(_picture(student))
+
+
+@torch.no_grad()
+def try_towers(model: TwoTower) -> None:
+    """Both towers give vectors of the model's width.
+
+    Raises:
+        UsageError: towers of another kind than a CLIP's.
+    """
+    ids = model.tokens(["a photo of a cat"])
+    for tower, encode, value in (
+        ("image", model.encode_image, _picture(model)),
+        ("text", model.encode_text, ids),
+    ):
+        try:
+            out = encode(value)
+        except Exception as e:  # a tower that doesn't work as CLIP's do fails in its own way
+            came = f"its {tower} tower fails: {str(e).splitlines()[0][:160] or type(e).__name__}"
+            raise UsageError(model.name, came, "an image and a text tower as CLIP has them") from e
+        if not isinstance(out, Tensor) or tuple(out.shape) != (1, model.dim):
+            came = f"its {tower} tower gives {tuple(getattr(out, 'shape', ())) or type(out).__name__}"
+            raise UsageError(model.name, came, f"one vector of {model.dim} numbers")
+
+
+def _picture(model: TwoTower) -> Tensor:
+    size = model.preprocess.size
+    return torch.zeros(1, 3, size, size)

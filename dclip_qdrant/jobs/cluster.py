@@ -60,6 +60,10 @@ def connect(address: str | None = None) -> None:
     for name, value in CPU_SETTINGS.items():
         os.environ.setdefault(name, value)
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # a private cluster on loopback
+    # Ray gives its workers the priority of a background task: beside other work of the same terminal they
+    # waited 8 minutes to start
+    os.environ.setdefault("RAY_worker_niceness", "0")
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "600")  # the default is one minute
     # the dashboard, on a port of its own: without it Ray Train's controller complains every second
     ray.init(
         address="local",

@@ -86,8 +86,9 @@ def pairs_command(
     """Reads pictures with captions from SOURCE and writes pairs.
 
     SOURCE is a folder with a captions file (CSV, TSV, JSONL, Flickr captions.txt or .token, COCO captions
-    JSON, a Karpathy split JSON), such a file itself, webdataset tars, or Parquet; local or a URI. Unreadable
-    rows go to OUT/rejects.jsonl (exit code 3).
+    JSON, a Karpathy split JSON, a JSON list of rows), such a file itself, webdataset tars, Parquet, or
+    pictures with text files beside them; local or a URI. A bad line, member or shard costs itself alone: it
+    goes to OUT/rejects.jsonl by name (exit code 3).
     """
     from dclip_qdrant.cli.progress import Progress
     from dclip_qdrant.pairs.build import build
@@ -125,7 +126,9 @@ def pairs_command(
 @click.option("--limit", type=click.IntRange(1), help="At most so many addresses, in the list's order.")
 @click.option("--threads", type=click.IntRange(1), default=16, help="Requests under way at once.")
 @click.option("--host-seconds", default=0.2, help="Between two requests to one host.")
-@click.option("--timeout", default=10.0, help="Seconds.")
+@click.option(
+    "--timeout", default=10.0, help="Seconds without a byte; a whole picture may take three times as long."
+)
 @click.option("--max-mb", default=20, help="Larger pictures are rejected.")
 @click.option(
     "--allow-private", is_flag=True, help="Also addresses of private networks; only for lists of your own."
@@ -142,11 +145,12 @@ def fetch_command(
     allow_private: bool,
     quiet: bool,
 ) -> None:
-    """Fetches pictures by a list of URLs (Conceptual Captions' TSV: caption, URL; or JSONL with url and
-    caption) for `pairs` to read.
+    """Fetches pictures by a list of captions and addresses for `pairs` to read.
 
-    One request at a time to a host. Run it again to go on; what failed is in OUT/rejects.jsonl (exit code 3).
-    Mind the pictures' licences.
+    The list is TSV, CSV, JSONL or Parquet; columns by their header, or by where the addresses stand
+    (Conceptual Captions, Conceptual 12M). One request at a time to a host; a picture with several captions is
+    fetched once. Run it again to go on; what failed is in OUT/rejects.jsonl (exit code 3). Mind the pictures'
+    licences.
     """
     from dclip_qdrant.cli.progress import Progress
     from dclip_qdrant.pairs.fetch import Manners, fetch

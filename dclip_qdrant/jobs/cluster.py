@@ -41,6 +41,7 @@ KEEP_MEMORY = {
 SLEEP_SOON = {"GOMP_SPINCOUNT": "10000"}
 CPU_SETTINGS = KEEP_MEMORY | SLEEP_SOON
 READ_COLUMNS = ["key", "uri", "image", "width", "height", "captions", "split"]
+STARTS = 3  # of a private cluster
 LOG_EVERY = 10.0  # seconds between lines of progress
 
 
@@ -65,15 +66,23 @@ def connect(address: str | None = None) -> None:
     os.environ.setdefault("RAY_worker_niceness", "0")
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "600")  # the default is one minute
     # the dashboard, on a port of its own: without it Ray Train's controller complains every second
-    ray.init(
-        address="local",
-        include_dashboard=True,
-        dashboard_host="127.0.0.1",
-        dashboard_port=free_port(),
-        num_cpus=max(4, os.cpu_count() or 1),
-        object_store_memory=1 << 30,
-        log_to_driver=True,
-    )
+    for attempt in range(1, STARTS + 1):
+        try:
+            ray.init(
+                address="local",
+                include_dashboard=True,
+                dashboard_host="127.0.0.1",
+                dashboard_port=free_port(),
+                num_cpus=max(4, os.cpu_count() or 1),
+                object_store_memory=1 << 30,
+                log_to_driver=True,
+            )
+            return
+        except Exception as e:  # Ray gives its own start 30 s, which isn't enough on a busy machine
+            if "timed out during startup" not in str(e) or attempt == STARTS:
+                raise
+            logger.warning("the private cluster did not start in time; once more")
+            ray.shutdown()
 
 
 def free_port() -> int:

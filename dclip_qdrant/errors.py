@@ -21,6 +21,7 @@ DclipError              failure     anything below; front ends show its one line
 Messages name parameters as Python has them, between backticks; the command line turns them into its flags.
 """
 
+import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -68,9 +69,24 @@ class DclipError(Exception):
         where, _, came = line.partition(": ")
         return cls(where, came) if came else cls("", line)
 
+    def as_json(self) -> str:
+        """The whole error as text, for `of_json`."""
+        return json.dumps([type(self).__name__, self.where, self.came, self.expected, self.do])
+
     def __reduce__(self) -> tuple[type, tuple[str | None, ...]]:
         """Crosses process borders whole (Ray pickles errors)."""
         return type(self), (self.where, self.came, self.expected, self.do)
+
+
+def named(name: str) -> type[DclipError]:
+    """One of the errors of this page."""
+    return globals()[name]
+
+
+def of_json(text: str) -> DclipError:
+    """The error that `as_json` wrote."""
+    name, *parts = json.loads(text)
+    return named(name)(*parts)
 
 
 class UsageError(DclipError):

@@ -1,7 +1,6 @@
 """Ray, as our jobs use it: connect, know how much there is, map an actor pool over pairs, and get our own
 errors back out."""
 
-import json
 import logging
 import os
 import re
@@ -204,7 +203,7 @@ class Guarded:
                 self.actor = self.make()
             done = int(np.asarray(self.actor(batch)["done"]).sum())
         except DclipError as e:
-            error = json.dumps([type(e).__name__, e.where, e.came, e.expected, e.do])
+            error = e.as_json()
         return pa.table({"done": [done], "error": [error]})
 
 
@@ -216,8 +215,7 @@ def finished(dataset: Any) -> Iterator[int]:
     """
     for block in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
         for told in filter(None, block["error"].to_pylist()):
-            kind, *parts = json.loads(told)
-            raise getattr(errors, kind)(*parts)
+            raise errors.of_json(told)
         yield int(np.asarray(block["done"]).sum())
 
 
@@ -332,5 +330,5 @@ def own_error(error: BaseException) -> DclipError | None:
         told = re.findall(r"^dclip_qdrant\.errors\.(\w+): (.+)$", str(getattr(e, "traceback_str", "")), re.M)
         if told:  # what is left of an error that Ray wrapped twice
             kind, line = told[-1]
-            return getattr(errors, kind).of_line(line)
+            return errors.named(kind).of_line(line)
     return None

@@ -145,8 +145,8 @@ class Experiment:
         for model in {id(m): m for m in (self.base, student)}.values():
             try_towers(model)
         for recipe in self.recipes:
-            try_recipe(recipe, self.base, student)
-            Weighted(recipe.objectives, student.dim, self.base.dim)
+            objectives = Weighted(recipe.objectives, student.dim, self.base.dim)
+            try_recipe(recipe, objectives.reads, self.base, student)
             Weighted(recipe.index.objectives, student.dim, student.dim)
             if recipe.hubness.on or recipe.index.objectives:
                 student.output_projections()

@@ -13,8 +13,8 @@ import ray
 from ray.data.block import BlockAccessor
 from ray.data.datasource import Datasink
 
+from dclip_qdrant import errors
 from dclip_qdrant.detectors import build
-from dclip_qdrant.errors import InputError
 from dclip_qdrant.jobs.cluster import gpus, log_to_stdout, pool_size, quiet_data_context, threads_for
 from dclip_qdrant.pairs.readers import Layout, SourcePicture, open_source
 from dclip_qdrant.pairs.readers.layout import ARCHIVES
@@ -221,7 +221,7 @@ def _source_row(picture: SourcePicture) -> dict[str, Any]:
         "split": picture.split or "",
         "extra": json.dumps(picture.extra),
         "place": picture.place,
-        "error": json.dumps([error.where, error.came, error.expected, error.do]) if error else "",
+        "error": error.as_json() if error else "",
     }
 
 
@@ -234,7 +234,7 @@ def _picture(row: dict[str, Any]) -> SourcePicture:
         split=row["split"] or None,
         extra=json.loads(row["extra"]),
         place=row["place"],
-        error=InputError(*json.loads(row["error"])) if row["error"] else None,
+        error=errors.of_json(row["error"]) if row["error"] else None,
     )
 
 

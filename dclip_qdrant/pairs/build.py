@@ -13,14 +13,12 @@ from upath import UPath
 
 from dclip_qdrant.errors import DclipError, ImageError, InputError, LeakError, UsageError
 from dclip_qdrant.pairs.readers import SourcePicture, read_any
-from dclip_qdrant.pairs.splits import SPLITS, unit_hash
+from dclip_qdrant.pairs.splits import SPLIT_NAMES, SPLITS, unit_hash
 from dclip_qdrant.pairs.writer import PairsWriter, fingerprint_of
 from dclip_qdrant.pictures import images
 from dclip_qdrant.tables import storage
 from dclip_qdrant.tables.contracts import PAIRS
 from dclip_qdrant.tables.storage import open_for_arrow
-
-SPLIT_NAMES = {"validation": "val", "valid": "val", "dev": "val", "training": "train"}
 
 
 @dataclass(frozen=True)

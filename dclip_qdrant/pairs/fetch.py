@@ -222,7 +222,7 @@ def get(url: str, manners: Manners, *, hops: int = 3) -> bytes:
             raise Refused(str(e)) from None
         if answer.location is None:
             return answer.data
-        url = http.tidy(urllib.parse.urljoin(url, answer.location))
+        url = urllib.parse.urljoin(url, answer.location)
     raise Refused(f"more than {hops - 1} redirects")
 
 

@@ -6,6 +6,7 @@ from dclip_qdrant.errors import UsageError
 from dclip_qdrant.pairs import Pairs
 
 SPLITS = ("train", "val", "test")
+SPLIT_NAMES = {"validation": "val", "valid": "val", "dev": "val", "training": "train"}  # theirs -> ours
 
 
 def unit_hash(name: str, salt: str) -> float:

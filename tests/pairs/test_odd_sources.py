@@ -340,3 +340,16 @@ def test_damaged_parquet_costs_itself(tmp_path):
     good, bad = read(tmp_path)
     assert good == {"0": ["x"]}
     assert set(bad) == {"1.parquet"}
+
+
+def test_an_archive_below_a_photo_library_does_not_hide_it(tmp_path):
+    pictures(tmp_path / "photos", 2)
+    tar(tmp_path / "photos" / "backup" / "old.tar", sample(1, "old"))
+    assert set(read(tmp_path / "photos", captions=False)[0]) == {"p0.jpg", "p1.jpg"}
+
+
+def test_ids_of_a_csv_stay_as_they_are_written(tmp_path):
+    folder = pictures(tmp_path / "d", 2)
+    (folder / "captions.csv").write_text("id,image,caption,price\n1e5,p0.jpg,a,1\n2.50,p1.jpg,b,2.5\n")
+    rows = list(read_any(str(folder))[1])
+    assert [(p.key, p.extra) for p in rows] == [("1e5", {"price": 1.0}), ("2.50", {"price": 2.5})]

@@ -98,8 +98,10 @@ def test_a_recipe_that_a_text_tower_can_not_serve_is_refused_before_any_work(tmp
     model = other_towers(tmp_path, no_causal_mask=True, pool_type="last")
     try_towers(model)
     with pytest.raises(RecipeError, match=r"a causal text tower.*phrases"):
-        try_recipe(Recipe.load("tiny"), model, model)
-    try_recipe(Recipe.load("sft"), model, model)
+        try_recipe(Recipe.load("tiny"), set(), model, model)
+    try_recipe(Recipe.load("sft"), set(), model, model)
+    with pytest.raises(RecipeError, match="a causal text tower"):
+        try_recipe(Recipe.load("sft"), {"words"}, model, model)
 
 
 def test_towers_that_give_no_vectors_are_refused(tiny_base):

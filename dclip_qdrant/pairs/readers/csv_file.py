@@ -17,6 +17,7 @@ from dclip_qdrant.errors import InputError
 from dclip_qdrant.pairs.readers.lines import text_lines
 from dclip_qdrant.pairs.readers.picture import (
     CAPTION_COLUMNS,
+    KEY_COLUMNS,
     SourcePicture,
     find_column,
     image_column,
@@ -79,7 +80,7 @@ def _header(path: UPath) -> Header:
     return Header(delimiter, columns, image, place, skipped + 1)
 
 
-def _rows(path: UPath, header: Header, numbers: dict[str, type] | None) -> Iterator[Row]:
+def _rows(path: UPath, header: Header, numbers: dict[str, type]) -> Iterator[Row]:
     for record in _records(path, header):
         where = f"{path}:{record.line}"
         if record.fields is None:
@@ -87,7 +88,7 @@ def _rows(path: UPath, header: Header, numbers: dict[str, type] | None) -> Itera
             yield Row(where, error=unusable(key, where, record.reason))
             continue
         values: dict[str, Any] = dict(zip(header.columns, record.fields, strict=True))
-        for column, kind in (numbers or {}).items():
+        for column, kind in numbers.items():
             values[column] = kind(values[column]) if values[column] else None
         yield row_of(values, header.image, where)
 
@@ -96,10 +97,8 @@ def _number_columns(path: UPath, header: Header) -> dict[str, type]:
     """Columns besides picture, captions and ids in which every value is a number, as JSON and Parquet would
     have them; one with leading zeros (article numbers) is text."""
     kinds: dict[str, type] = {}
-    plain_text: set[str] = {
-        header.image,
-        *(header.columns[header.caption : header.caption + 1] if header.caption is not None else []),
-    }
+    meanings = (CAPTION_COLUMNS, KEY_COLUMNS, ("split",))
+    plain_text = {header.image, *(find_column(header.columns, among) for among in meanings)}
     for record in _records(path, header):
         for column, value in zip(header.columns, record.fields or [], strict=False):
             if column in plain_text or not value:

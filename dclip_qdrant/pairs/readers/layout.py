@@ -15,6 +15,7 @@ from dclip_qdrant.pairs.readers.json_file import read_json, read_json_lines
 from dclip_qdrant.pairs.readers.parquet_file import has_pictures, read_parquet
 from dclip_qdrant.pairs.readers.picture import SourcePicture
 from dclip_qdrant.pairs.readers.tar_file import is_litter, read_tar
+from dclip_qdrant.pairs.splits import SPLIT_NAMES
 from dclip_qdrant.tables import storage
 
 Reader = Callable[[UPath, UPath], Iterator[SourcePicture]]
@@ -55,7 +56,7 @@ PICTURE_FOLDERS = ("images", "Images", "flickr30k-images", "Flicker8k_Dataset", 
 _SPLIT_WORD = re.compile(
     r"(?:^|[-_.=/])(train|training|validation|valid|val|dev|test|testing)(?=$|[-_.=/])", re.I
 )
-SPLIT_OF_WORD = {"training": "train", "validation": "val", "valid": "val", "dev": "val", "testing": "test"}
+SPLIT_OF_WORD = SPLIT_NAMES | {"testing": "test"}
 COMPARED = 8  # shards, when looking whether each counts from the same name
 
 
@@ -142,7 +143,7 @@ def _of_folder(path: UPath, captions: bool) -> tuple[str, list[UPath]]:
     tokens = [f for f in tokens if ".lemma" not in f.name.lower()] or tokens
     if tokens:
         return "token", tokens if len(tokens) == 1 else _refuse_several(tokens)
-    archives = _archives(path)
+    archives = _archives(path, below=captions)
     if archives is not None:
         return archives
     below = [file for folder in _subfolders(path) if (file := _captions_file(folder)) is not None]
@@ -177,10 +178,11 @@ def _subfolders(path: UPath) -> list[UPath]:
     return sorted((f for f in path.iterdir() if f.is_dir() and not f.name.startswith(".")), key=str)
 
 
-def _archives(path: UPath) -> tuple[str, list[UPath]] | None:
-    """The shards in a folder, or in the folders below (Hugging Face's `data/`). img2dataset puts a Parquet
-    table of addresses beside each tar: the pictures are in the tars."""
-    for pattern in ("*", "**/*"):
+def _archives(path: UPath, *, below: bool) -> tuple[str, list[UPath]] | None:
+    """The shards in a folder, or in the folders `below` (Hugging Face's `data/`; not where pictures are
+    looked for: a backup somewhere below a photo library would hide it). img2dataset puts a Parquet table of
+    addresses beside each tar: the pictures are in the tars."""
+    for pattern in ("*", "**/*") if below else ("*",):
         tars = _shards(path, f"{pattern}.tar")
         tables = _shards(path, f"{pattern}.parquet")
         if tables and has_pictures(tables[0]):

@@ -9,7 +9,7 @@ from typing import Any
 
 from upath import UPath
 
-from dclip_qdrant.errors import InputError
+from dclip_qdrant.errors import DclipError, InputError
 
 KEY_COLUMNS = ("key", "image_id", "id")
 IMAGE_COLUMNS = (
@@ -50,7 +50,7 @@ class SourcePicture:
     split: str | None = None
     extra: dict[str, Any] = field(default_factory=dict)
     place: str = ""  # where in its source it stands: file and number, the same at every reading
-    error: InputError | None = None
+    error: DclipError | None = None
 
 
 def unusable(key: str, where: object, came: str, expected: str | None = None) -> SourcePicture:

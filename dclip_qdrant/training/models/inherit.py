@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dclip_qdrant.errors import RecipeError
 from dclip_qdrant.tables import storage
+from dclip_qdrant.training.models.bases import CONFIG, WEIGHTS
 from dclip_qdrant.training.models.two_tower import TwoTower
 
 _BLOCK = {
@@ -18,8 +19,7 @@ _BLOCK = {
     "text": re.compile(r"^((?:text\.)?transformer\.resblocks\.)(\d+)(\..*)$"),
 }
 
-CONFIG = "open_clip_config.json"  # written last
-MODEL_FOLDER = storage.FolderKind("a model", CONFIG, "model_cfg", ("open_clip_model.safetensors",))
+MODEL_FOLDER = storage.FolderKind("a model", CONFIG, "model_cfg", (WEIGHTS[0],))
 
 
 def kept(have: int, want: int) -> list[int]:
@@ -78,5 +78,5 @@ def write(
         return
     config, state = cut(model, image_layers=image_layers, text_layers=text_layers)
     with storage.new_folder(target, MODEL_FOLDER, overwrite=True) as part:
-        save_file({k: v.contiguous() for k, v in state.items()}, str(part / "open_clip_model.safetensors"))
+        save_file({k: v.contiguous() for k, v in state.items()}, str(part / WEIGHTS[0]))
         storage.write_json(part / CONFIG, {"model_cfg": config, "preprocess_cfg": asdict(model.preprocess)})

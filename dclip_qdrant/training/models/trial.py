@@ -6,19 +6,17 @@ from torch import Tensor
 from dclip_qdrant.errors import UsageError
 from dclip_qdrant.recipe import Recipe
 from dclip_qdrant.training.models.two_tower import TwoTower
-from dclip_qdrant.training.student_task import Weighted
 
 
 @torch.no_grad()
-def try_recipe(recipe: Recipe, base: TwoTower, student: TwoTower) -> None:
-    """What the recipe will ask of the base (a teacher of spans) and of the student (words, regions of its
-    feature map), tried once.
+def try_recipe(recipe: Recipe, reads: set[str], base: TwoTower, student: TwoTower) -> None:
+    """What the recipe will ask of the base (a teacher of spans) and, by what its objectives `reads`, of the
+    student (words, regions of its feature map), tried once.
 
     Raises:
         RecipeError: a tower that can't give it.
     """
     ids = student.tokens(["a photo of a cat"])
-    reads = Weighted(recipe.objectives, student.dim, base.dim).reads
     if recipe.teacher is not None and recipe.teacher.spans == "tokens":
         base.encode_words(base.tokens(["a photo of a cat"]))
     if "words" in reads:

@@ -29,7 +29,7 @@ demo-long: setup ## the demo, then every recipe and the papers' own tasks on sce
 	$(BIN)/python examples/demo/run.py --long
 
 test: lint       ## everything
-	$(BIN)/python -m pytest --durations=10 -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest --durations=10 -n 3 --dist loadfile --no-loadscope-reorder
 
 test-fast: setup ## what needs neither Ray nor an export
 	$(BIN)/python -m pytest -m "not slow and not real"

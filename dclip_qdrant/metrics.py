@@ -5,6 +5,7 @@ same of everything scores nothing. `mrr` is what DCLIP's code calls MAP: the mea
 (rank of the best right item).
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any, NotRequired, TypedDict, cast
 
@@ -149,8 +150,36 @@ def paired_difference(
     return {"difference": float(d.mean()), "ci": [float(v) for v in np.percentile(drawn, [2.5, 97.5])]}
 
 
-def zero_shot(image: np.ndarray, label: np.ndarray, classes: np.ndarray) -> float:
-    """Top-1 accuracy of image [N, D] against class vectors [C, D]; label [N]. Ties count as wrong."""
+def pictures_needed(difference: np.ndarray) -> int | None:
+    """How many pictures it takes until the 95% interval of a mean difference [N] as large as this one leaves
+    0 out: (1.96 sd / mean)^2, rounded up. None where there is no difference at all."""
+    mean = float(np.mean(difference))
+    if mean == 0 or len(difference) < 2:
+        return None
+    return math.ceil((1.96 * float(np.std(difference, ddof=1)) / mean) ** 2)
+
+
+def ratio_interval(
+    base: np.ndarray, own: np.ndarray, *, bootstrap: int = 2000, seed: int = 0
+) -> tuple[float, float]:
+    """The 95% paired-bootstrap interval of mean(own) / mean(base), right or wrong [N] on the same
+    pictures."""
+    rng = np.random.default_rng(seed)
+    ratios = []
+    for _ in range(bootstrap):
+        drawn = rng.integers(0, len(base), len(base))
+        ratios.append(own[drawn].mean() / max(base[drawn].mean(), 1e-9))
+    low, high = np.percentile(ratios, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def zero_shot_right(image: np.ndarray, label: np.ndarray, classes: np.ndarray) -> np.ndarray:
+    """Which of image [N, D] are nearest to their own class of [C, D]; label [N]. Ties count as wrong."""
     s = image @ classes.T
     right = s[np.arange(len(s)), label]
-    return float(((s >= right[:, None]).sum(1) == 1).mean())
+    return (s >= right[:, None]).sum(1) == 1
+
+
+def zero_shot(image: np.ndarray, label: np.ndarray, classes: np.ndarray) -> float:
+    """Top-1 accuracy: the mean of `zero_shot_right`."""
+    return float(zero_shot_right(image, label, classes).mean())

@@ -20,7 +20,7 @@ HERE = Path(__file__).parent / "recipes"
 Positive = Annotated[int, Field(gt=0)]
 Weight = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
-Trainable = Literal["frozen", "attn_proj", "last_n", "full", "lora"]
+Trainable = Literal["frozen", "proj", "attn_proj", "last_n", "full", "lora"]
 
 
 class _Part(BaseModel):

@@ -103,10 +103,23 @@ def rng() -> np.random.Generator:
     return np.random.default_rng(0)
 
 
+@pytest.fixture(scope="module")
+def on_head(tmp_path_factory):
+    """The environment of jobs that join a Ray head of these tests' own, which starts once for all of them."""
+    from ray_head import RayHead
+    from ray_jobs_here import ENV
+
+    with RayHead(tmp_path_factory.mktemp("head") / "log", {**ENV, "PYTHONPATH": str(ROOT)}) as head:
+        yield {**ENV, "RAY_ADDRESS": head.gcs, "DASHBOARD": head.address, "HEAD_PID": str(head.process.pid)}
+
+
+FIRST = ("test_jobs.py", "test_private_cluster.py", "test_other_jobs.py")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The Ray jobs first: with `-n 2` they take as long as all the other files, which go to the other
-    process."""
-    items.sort(key=lambda item: item.path.name != "test_jobs.py")
+    """The files that wait for Ray first: each takes as long as many others, which the next free process
+    takes."""
+    items.sort(key=lambda item: FIRST.index(item.path.name) if item.path.name in FIRST else len(FIRST))
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,8 @@ stands in, or, with --submit, as a job of a running cluster. `ray_jobs/*.py` are
 
 import json
 import time
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -59,6 +60,48 @@ min_retention_option = click.option(
 from_scratch_option = click.option("--from-scratch", is_flag=True, help="Redo every stage.")
 
 
+def models_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """--base, or a teacher and a student of different models."""
+    for option in (
+        click.option(
+            "--teacher-recipe",
+            metavar="NAME|FILE",
+            help="Fine-tune the teacher's model on the pairs by this recipe first, e.g. projections or sft.",
+        ),
+        click.option(
+            "--student",
+            metavar="MODEL",
+            help="The CLIP that the student starts from, where it isn't the base: a lighter one.",
+        ),
+        click.option(
+            "--teacher", metavar="MODEL", help="The CLIP that teaches, where it isn't the base: a larger one."
+        ),
+        click.option(
+            "--base",
+            metavar="MODEL",
+            help="The CLIP to start from, teacher and student alike: ViT-B-32/openai, hf-hub:ORG/NAME, or a "
+            "local folder.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def _models(base: str | None, teacher: str | None, student: str | None) -> tuple[str, tuple[str, ...]]:
+    """The model that teaches, and the recipe's setting for the one that the student starts from."""
+    from dclip_qdrant.jobs.cluster import absolute_model
+
+    if base is None and (teacher is None or student is None):
+        came = "no base" if teacher is None and student is None else "one of teacher and student"
+        expected = "`base` alone, `teacher` and `student`, or one of the two beside the base"
+        raise UsageError("`base`", came, expected)
+    teaches = absolute_model(teacher or base or "", "teacher" if teacher else "base")
+    if teacher is None and student is None:
+        return teaches, ()
+    starts = absolute_model(student or base or "", "student" if student else "base")
+    return teaches, (f"student.model={json.dumps(starts)}",)
+
+
 def _with_weights(settings: tuple[str, ...], weights: str | None) -> tuple[str, ...]:
     """A recipe's settings with the detector's weights on top."""
     from dclip_qdrant.jobs.cluster import absolute_weights
@@ -75,7 +118,7 @@ def _with_weights(settings: tuple[str, ...], weights: str | None) -> tuple[str, 
     ),
 )
 @pairs_option
-@base_option
+@models_options
 @out_option
 @labelled_option
 @recipe_option
@@ -95,13 +138,19 @@ def _with_weights(settings: tuple[str, ...], weights: str | None) -> tuple[str, 
 @workers_option
 @actors_option
 @min_retention_option
+@click.option(
+    "--allow-no-gain", is_flag=True, help="Exit code 0 also for a student that isn't shown to be better."
+)
 @click.option("--name", metavar="NAME", help="The student's name.  [default: the recipe's]")
 @from_scratch_option
 @table_or_json
 @submit_option
 def distill_command(
     pairs: str,
-    base: str,
+    base: str | None,
+    teacher: str | None,
+    student: str | None,
+    teacher_recipe: str | None,
     out: str,
     labelled: str | None,
     recipe: str,
@@ -113,6 +162,7 @@ def distill_command(
     workers: int,
     actors: int | None,
     min_retention: float,
+    allow_no_gain: bool,
     name: str | None,
     from_scratch: bool,
     form: str,
@@ -120,20 +170,28 @@ def distill_command(
     """The one job: pairs in, student out.
 
     Runs whatever stage is missing under --out (regions, features, teacher, teacher cache, distillation,
-    export, evaluation) and reuses the rest; run it again after a crash. Prints the table. Exit code 3: the
-    student keeps less than --min-retention.
+    export, evaluation) and reuses the rest; run it again after a crash. Prints the table and a verdict:
+    better, worse, or can't tell, with the number of test pictures that it would take.
+
+    Exit code 3: the student keeps less than --min-retention, is not shown to be better than the base, or is
+    worse than plain fine-tuning.
+
+    A large teacher and a light student: --teacher LARGE --student LIGHT, each with its own preprocessing;
+    --teacher-recipe projections (or sft) fine-tunes the large one on the pairs first.
     """
-    from dclip_qdrant.jobs.cluster import absolute, absolute_model, absolute_or_none
-    from dclip_qdrant.jobs.distill import check_retention, distill
+    from dclip_qdrant.jobs.cluster import absolute, absolute_or_none
+    from dclip_qdrant.jobs.distill import check_gain, check_retention, distill
     from dclip_qdrant.jobs.experiment import Request
     from dclip_qdrant.recipe import Recipe
 
     rivals = () if no_compare else tuple(rival for rival in compare if rival != recipe)
+    teaches, starts = _models(base, teacher, student)
     request = Request(
         pairs=absolute(pairs, "pairs"),
-        base=absolute_model(base, "base"),
+        base=teaches,
         out=absolute(out, "out"),
-        recipe=Recipe.load(recipe, _with_weights(settings, detector_weights)),
+        recipe=Recipe.load(recipe, (*_with_weights(settings, detector_weights), *starts)),
+        teach=Recipe.load(teacher_recipe) if teacher_recipe else None,
         compare=tuple(Recipe.load(rival) for rival in rivals),
         seeds=seeds,
         workers=workers,
@@ -145,7 +203,11 @@ def distill_command(
     )
     result = distill(request)
     click.echo(json.dumps(result.as_dict(), indent=1) if form == "json" else result.text())
+    if result.verdict.is_success and form != "json":
+        click.echo(f"      dclip-qdrant ingest PICTURES --student {result.student} --collection NAME")
     check_retention(result, min_retention)
+    if not allow_no_gain:
+        check_gain(result)
 
 
 @command(
@@ -343,7 +405,7 @@ def extract_regions_command(
     example="dclip-qdrant finetune-teacher --pairs /data/pairs --base ViT-B-32/openai --out /data/run",
 )
 @pairs_option
-@base_option
+@models_options
 @out_option
 @recipe_option
 @recipe_settings_option
@@ -355,7 +417,10 @@ def extract_regions_command(
 @submit_option
 def finetune_teacher_command(
     pairs: str,
-    base: str,
+    base: str | None,
+    teacher: str | None,
+    student: str | None,
+    teacher_recipe: str | None,
     out: str,
     recipe: str,
     settings: tuple[str, ...],
@@ -367,18 +432,20 @@ def finetune_teacher_command(
 ) -> None:
     """Fine-tunes the region teacher of a recipe on Ray Train (regions and features first, where they are
     missing). With the same --out, distill reuses it."""
-    from dclip_qdrant.jobs.cluster import absolute, absolute_model, connect
+    from dclip_qdrant.jobs.cluster import absolute, connect
     from dclip_qdrant.jobs.experiment import Experiment, Request
     from dclip_qdrant.recipe import Recipe
 
-    chosen = Recipe.load(recipe, _with_weights(settings, detector_weights))
+    teaches, starts = _models(base, teacher, student)
+    chosen = Recipe.load(recipe, (*_with_weights(settings, detector_weights), *starts))
     if chosen.teacher is None:
         raise UsageError("`recipe`", f"{recipe!r} has no teacher", "a recipe with one, like best or dclip")
     request = Request(
         pairs=absolute(pairs, "pairs"),
-        base=absolute_model(base, "base"),
+        base=teaches,
         out=absolute(out, "out"),
         recipe=chosen,
+        teach=Recipe.load(teacher_recipe) if teacher_recipe else None,
         seeds=(seed,),
         workers=workers,
         actors=actors,
@@ -386,11 +453,12 @@ def finetune_teacher_command(
     )
     experiment = Experiment.open(request)
     connect()
-    teacher = experiment.prepare(chosen).teacher
-    if teacher is None:
+    experiment = experiment.taught()
+    trained = experiment.prepare(experiment.request.recipe).teacher
+    if trained is None:
         raise RuntimeError("a recipe with a teacher was prepared without one")
-    facts = teacher.manifest()
-    answer = {"teacher": str(teacher.path), "gate": facts["gate"], "last": facts["history"][-1]}
+    facts = trained.manifest()
+    answer = {"teacher": str(trained.path), "gate": facts["gate"], "last": facts["history"][-1]}
     click.echo(json.dumps(answer))
 
 

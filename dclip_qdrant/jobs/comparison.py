@@ -46,12 +46,18 @@ class Row:
 
 @dataclass(frozen=True)
 class Difference:
-    """`of` minus `than`: mean R@1 of both directions, paired over pictures, with its 95% interval."""
+    """`of` minus `than`: mean R@1 of both directions, paired over pictures, with its 95% interval.
+
+    n: the pictures. needed: how many it would take for an interval that leaves 0 out, if the difference
+    stays what it is (None: there is no difference).
+    """
 
     of: str
     than: str
     difference: float
     ci: list[float]
+    n: int = 0
+    needed: int | None = None
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -96,7 +102,8 @@ def same_budget(recipe: Recipe, main: Recipe) -> Recipe:
 
 
 def base_row(base: Run) -> Row:
-    return row("base", [RunFigures.of_stage(base.stage).chosen])
+    """The row of a model that was measured as it is."""
+    return row(base.label, [RunFigures.of_stage(base.stage).chosen])
 
 
 def recipe_rows(recipe: Recipe, runs: list[Run], *, both: bool) -> list[Row]:
@@ -155,7 +162,8 @@ def scores(runs: list[Run], name: str = "chosen") -> np.ndarray:
 def difference(of: str, own: np.ndarray, than: str, other: np.ndarray) -> Difference:
     """own [N] minus other [N], scores of the same pictures."""
     paired = metrics.paired_difference(other, own)
-    return Difference(of, than, paired["difference"], paired["ci"])
+    needed = metrics.pictures_needed(own - other)
+    return Difference(of, than, paired["difference"], paired["ci"], len(own), needed)
 
 
 def differences(

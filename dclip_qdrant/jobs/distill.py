@@ -13,6 +13,7 @@ from dclip_qdrant.jobs import cluster, train_runs
 from dclip_qdrant.jobs.comparison import Difference, Row, base_row, differences, markdown_table, recipe_rows
 from dclip_qdrant.jobs.experiment import Experiment, Outcome, Request
 from dclip_qdrant.jobs.export import export
+from dclip_qdrant.jobs.verdict import Verdict, judge
 from dclip_qdrant.serving.student import Student
 from dclip_qdrant.tables import storage
 from dclip_qdrant.tables.student_folder import RUN_FILE
@@ -34,6 +35,7 @@ class Distilled:
     runs: dict[str, str]  # label -> stage folder
     teacher: dict[str, Any] | None  # the manifest of its stage
     retention: float | None  # of the exported student
+    verdict: Verdict
 
     def as_dict(self) -> dict[str, Any]:
         """What table.json holds."""
@@ -45,6 +47,7 @@ class Distilled:
             "runs": self.runs,
             "teacher": self.teacher,
             "retention": self.retention,
+            "verdict": self.verdict.as_dict(),
         }
 
     def text(self) -> str:
@@ -52,7 +55,7 @@ class Distilled:
         lines = [markdown_table(self.rows), "", *(c.line() for c in self.comparisons)]
         if self.retention is None:
             lines.append("retention was not measured: no labelled pictures were given")
-        return "\n".join([*lines, f"student: {self.student}"])
+        return "\n".join([*lines, f"student: {self.student}", "", self.verdict.text()])
 
 
 def distill(request: Request) -> Distilled:
@@ -63,6 +66,7 @@ def distill(request: Request) -> Distilled:
     """
     experiment = Experiment.open(request)
     cluster.connect()
+    experiment = experiment.taught()
     if experiment.split != "test":
         chose_alpha = ", which also chose alpha" if experiment.split == "val" else ""
         logger.warning("no test split: the table is measured on %s%s", experiment.split, chose_alpha)
@@ -85,23 +89,39 @@ def check_retention(result: Distilled, min_retention: float) -> None:
         raise GateError("retention", f"{result.retention:.3f}", f"at least {min_retention:.3f}", do)
 
 
+def check_gain(result: Distilled) -> None:
+    """Raises GateError: the student isn't shown to be better than the base, or plain fine-tuning is."""
+    verdict = result.verdict
+    if verdict.is_success:
+        return
+    came = f"{verdict.against_base} than the base" if verdict.against_base == "worse" else "can't tell"
+    if verdict.against_base == "better":
+        came = "worse than plain fine-tuning"
+    do = f"the student is kept in {result.student}; {verdict.next}"
+    raise GateError("verdict", came, "better", do)
+
+
 def _result(experiment: Experiment, outcome: Outcome) -> Distilled:
     main = experiment.request.recipe
-    rows = [base_row(outcome.base)]
+    untrained = [run for run in (outcome.teacher_model, outcome.base) if run is not None]
+    rows = [base_row(run) for run in untrained]
     for recipe in experiment.recipes:
         rows += recipe_rows(recipe, outcome.runs[recipe.name], both=recipe is not main)
     chosen = outcome.runs[main.name][0]
     student = _export(experiment, chosen, rows)
     every_run = [run for runs in outcome.runs.values() for run in runs]
     teacher = outcome.prepared.teacher
+    comparisons = differences(main, outcome.runs, list(experiment.recipes), outcome.base)
+    verdict = judge(main.name, comparisons, split=experiment.split)
     return Distilled(
         rows=rows,
-        comparisons=differences(main, outcome.runs, list(experiment.recipes), outcome.base),
+        comparisons=comparisons,
         student=str(student),
         split=experiment.split,
         runs={run.label: str(run.stage.path) for run in every_run},
         teacher=teacher.manifest() if teacher else None,
         retention=RunFigures.of_stage(chosen.stage).chosen.retention,
+        verdict=verdict,
     )
 
 
@@ -134,8 +154,30 @@ def _export(experiment: Experiment, chosen: Run, rows: list[Row]) -> UPath:
         name=request.name or request.recipe.name,
         metrics=RunFigures.of_stage(chosen.stage).as_dict() | {"base_student": base},
         recipe=chosen.recipe,
-        card=f"## Figures\n\n{markdown_table(rows)}\n\n",
+        card=_figures_of_card(experiment, rows, chosen),
     )
     storage.write_text(mark, chosen.stage.path.name)
     logger.info("export: %s, agrees with torch", Student.load(student_folder).model_name)
     return student_folder
+
+
+def _figures_of_card(experiment: Experiment, rows: list[Row], chosen: Run) -> str:
+    """The card's table, with how many pictures it was measured on and how sure it is."""
+    figures = RunFigures.of_stage(chosen.stage)
+    test = figures.chosen.test
+    lines = [
+        f"On {test['n_images']:,} pictures with {test['n_texts']:,} captions of the {experiment.split} split."
+    ]
+    intervals = test.get("ci", {})
+    for way, name in (("t2i", "text to image"), ("i2t", "image to text")):
+        if way in intervals:
+            low, high = intervals[way]["r@1"]
+            recall = test[way]["r@1"]
+            lines.append(f"R@1 {name} {recall * 100:.1f}, 95% [{low * 100:.1f}, {high * 100:.1f}].")
+    if figures.chosen.retention is not None and figures.chosen.retention_ci:
+        low, high = figures.chosen.retention_ci
+        lines.append(
+            f"Retention {figures.chosen.retention:.3f}, 95% [{low:.3f}, {high:.3f}], on {figures.n_labelled} "
+            "labelled pictures that chose nothing."
+        )
+    return f"## Figures\n\n{markdown_table(rows)}\n\n{' '.join(lines)}\n\n"

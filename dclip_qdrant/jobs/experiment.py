@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+import safetensors.torch
+
 from dclip_qdrant.detectors import build
 from dclip_qdrant.errors import UsageError
 from dclip_qdrant.jobs import train_runs
@@ -26,6 +28,7 @@ from dclip_qdrant.tables import storage
 from dclip_qdrant.tables.stages import Stage, digest
 from dclip_qdrant.training import hubness
 from dclip_qdrant.training.models import inherit, two_tower
+from dclip_qdrant.training.models.model_folder import write_model
 from dclip_qdrant.training.models.trial import try_recipe, try_towers
 from dclip_qdrant.training.models.two_tower import TwoTower
 from dclip_qdrant.training.runs import Run
@@ -41,13 +44,18 @@ Runner = Callable[[list[Run]], dict[str, str]]  # does runs; why each that faile
 
 @dataclass(frozen=True)
 class Request:
-    """What was asked for. Paths are absolute or URIs (`cluster.absolute`)."""
+    """What was asked for. Paths are absolute or URIs (`cluster.absolute`).
+
+    base: the model that teaches, and that the student starts from where the recipe names no other
+    (`student.model`). teach: the recipe that fine-tunes the teaching model on the pairs first, if any.
+    """
 
     pairs: str
     base: str
     out: str
     recipe: Recipe
     compare: tuple[Recipe, ...] = ()
+    teach: Recipe | None = None
     seeds: tuple[int, ...] = (0,)
     workers: int = 1
     actors: int | None = None
@@ -85,9 +93,11 @@ class Prepared:
 
 @dataclass
 class Outcome:
-    """The runs of an experiment, by recipe, and what failed."""
+    """The runs of an experiment, by recipe, and what failed. `teacher_model`: the figures of the model that
+    teaches, where it isn't the student's own."""
 
     base: Run
+    teacher_model: Run | None
     runs: dict[str, list[Run]]
     prepared: Prepared
     failures: dict[str, str] = field(default_factory=dict)
@@ -127,7 +137,8 @@ class Experiment:
         twice = next((n for n in names if names.count(n) > 1), None)
         if twice:
             raise UsageError("`compare`", f"two recipes named {twice!r}", "different names")
-        labelled = Labelled.open(request.labelled).fingerprint if request.labelled else None
+        _check_teach(request)
+        labelled = _labelled_fingerprint(request.labelled) if request.labelled else None
         base = two_tower.load(request.base)
         experiment = cls(request, pairs, base, labelled, pick_split(pairs, None), recipes)
         experiment._check_recipes()
@@ -144,6 +155,11 @@ class Experiment:
         student = self.student if is_other else self.base
         for model in {id(m): m for m in (self.base, student)}.values():
             try_towers(model)
+        if self.request.teach is not None:
+            teach = self.request.teach
+            objectives = Weighted(teach.objectives, self.base.dim, self.base.dim)
+            try_recipe(teach, objectives.reads, self.base, self.base)
+            try_towers(self.base)
         for recipe in self.recipes:
             objectives = Weighted(recipe.objectives, student.dim, self.base.dim)
             try_recipe(recipe, objectives.reads, self.base, student)
@@ -185,6 +201,32 @@ class Experiment:
     def facts(self) -> Facts:
         return Facts(self.pairs.fingerprint, self.student.fingerprint, self.labelled, self.split)
 
+    def taught(self) -> "Experiment":
+        """This experiment with its teaching model fine-tuned on the pairs by the recipe `request.teach`: a
+        stage of its own, an open_clip folder. The student starts where it would have started."""
+        recipe = self.request.teach
+        if recipe is None:
+            return self
+        alone = replace(self.request, recipe=recipe, compare=(), teach=None, seeds=self.request.seeds[:1])
+        teaching = replace(self, request=alone, recipes=(recipe,))
+        run = teaching.student_run(recipe, alone.seeds[0], teaching.prepare(recipe))
+        if self.request.from_scratch:
+            run.stage.clear()
+        train_runs.run_in_order([run], workers=self.request.workers, storage=self.ray_storage())
+        folder = str(storage.as_path(self.request.stages) / f"teacher-model-{digest(run.inputs)}")
+        write_model(
+            folder,
+            config=self.base.config,
+            weights=safetensors.torch.load((run.stage.path / "weights.safetensors").read_bytes()),
+            preprocess=self.base.preprocess,
+            tokenizer=self.base.tokenizer,
+        )
+        logger.info("teacher's model: %s", folder)
+        start = self.request.recipe.student.model or self.request.base
+        recipes = tuple(starting_from(recipe, start) for recipe in self.recipes)
+        request = replace(self.request, base=folder, recipe=recipes[-1], teach=None)
+        return replace(self, request=request, base=two_tower.load(folder), recipes=recipes)
+
     # --- stages
 
     def regions(self) -> Stage:
@@ -207,8 +249,10 @@ class Experiment:
                 recipe=recipe,
                 base=request.base,
                 base_fingerprint=self.base.fingerprint,
-                student=self.student_name if self.trunk_rests else None,
+                student=self.student_name if any(self.trunks_at_rest) else None,
                 student_fingerprint=self.student.fingerprint,
+                student_image=self.trunks_at_rest[0],
+                student_text=self.trunks_at_rest[1],
                 regions=boxes,
                 seed=seed,
             ),
@@ -249,19 +293,20 @@ class Experiment:
         return self.prepare(recipe)
 
     @cached_property
-    def trunk_rests(self) -> bool:
-        """Whether nothing below the student's projection learns: then its trunk's features are cached. The
-        same for every recipe, since rivals get the main one's trainable set."""
+    def trunks_at_rest(self) -> tuple[bool, bool]:
+        """Whether nothing below the student's image projection learns, and nothing below its text
+        projection: then what they read is cached. The same for every recipe, since rivals get the main one's
+        trainable set.
+
+        A frozen text tower that is the teaching model's own needs no cache beside that one's vectors.
+        """
         settings = self.request.recipe.student
         student = two_tower.load(self.student_name)
-        student.choose(
-            "image",
-            settings.train,
-            last_n=settings.last_n,
-            rank=settings.lora_rank,
-            alpha=settings.lora_alpha,
-        )
-        return student.trunk_frozen
+        options = {"last_n": settings.last_n, "rank": settings.lora_rank, "alpha": settings.lora_alpha}
+        student.choose("image", settings.train, **options)
+        text_learns = student.choose("text", settings.text, **options)
+        cached_already = not text_learns and self.student_name == self.request.base
+        return student.trunk_frozen, student.text_trunk_frozen and not cached_already
 
     def _other_teacher(self, recipe: Recipe, model: str) -> str:
         """Where a further teacher's features of the same views are; made if they are missing."""
@@ -341,13 +386,17 @@ class Experiment:
                 failures[recipe.name] = tolerate(recipe, e)
                 continue
             runs[recipe.name] = [self.student_run(recipe, seed, prepared) for seed in self.request.seeds]
-        base = base_run(runs[main_recipe.name][0])
-        every = [base, *(run for of_recipe in runs.values() for run in of_recipe)]
+        first = runs[main_recipe.name][0]
+        base = base_run(first)
+        is_other = self.request.recipe.student.model not in (None, self.request.base)
+        teacher_model = teacher_model_run(first) if is_other else None
+        untrained = [run for run in (base, teacher_model) if run is not None]
+        every = [*untrained, *(run for of_recipe in runs.values() for run in of_recipe)]
         if self.request.from_scratch:
             for run in every:
                 run.stage.clear()
         failures |= runner(every)
-        return Outcome(base, runs, main, failures)
+        return Outcome(base, teacher_model, runs, main, failures)
 
 
 def _check_out(out: str) -> None:
@@ -356,6 +405,31 @@ def _check_out(out: str) -> None:
     if not storage.is_empty(folder) and not (folder / "stages").exists():
         came = f"{out} holds other things than an earlier run"
         raise UsageError("`out`", came, "a new or empty folder, or that of an earlier run")
+
+
+def _labelled_fingerprint(path: str) -> str:
+    """Raises InputError: labelled pictures that can't be read, or are too few to be halved."""
+    labelled = Labelled.open(path)
+    labelled.halves()
+    return labelled.fingerprint
+
+
+def _check_teach(request: Request) -> None:
+    """Raises UsageError: a recipe for the teaching model that starts from another, or a student that is cut
+    from a model that is only to be made."""
+    if request.teach is None:
+        return
+    if request.teach.student.model or request.teach.student.inherit:
+        came = f"{request.teach.name!r} starts from a model of its own"
+        raise UsageError("`teacher_recipe`", came, "a recipe without student.model and student.inherit")
+    if request.recipe.student.inherit:
+        came = f"{request.recipe.name!r} cuts its student from the base"
+        raise UsageError("`teacher_recipe`", came, "a student that is a model by itself (student.model)")
+
+
+def starting_from(recipe: Recipe, model: str) -> Recipe:
+    """The recipe with its student started from this model."""
+    return recipe.model_copy(update={"student": recipe.student.model_copy(update={"model": model})})
 
 
 def wants_regions(recipe: Recipe) -> bool:
@@ -368,3 +442,9 @@ def base_run(student: Run) -> Run:
     that it was cut from."""
     inputs = {k: student.inputs[k] for k in ("pairs", "student", "labelled", "split", "features")}
     return replace(student, kind="base", inputs=inputs, teacher=None, others=())
+
+
+def teacher_model_run(student: Run) -> Run:
+    """The `Run` that measures the model that teaches by itself."""
+    inputs = {k: student.inputs[k] for k in ("pairs", "labelled", "split", "features")}
+    return replace(student, kind="teacher_model", inputs=inputs, teacher=None, others=(), reference=None)

@@ -1,5 +1,7 @@
 """The features stage: what the frozen base sees in every view and region of every picture, and in every
-caption; where the student's trunk is frozen, its features too."""
+caption; where the student's trunks are frozen, their features too.
+
+Each model gets its own pixels: its own resolution, resize mode, mean and std."""
 
 import hashlib
 import logging
@@ -10,6 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
+from PIL import Image
 from torch import Tensor
 from upath import UPath
 
@@ -35,7 +38,8 @@ WHOLE: Box = (0.0, 0.0, 1.0, 1.0)
 
 @dataclass(frozen=True)
 class FeatureRequest:
-    """Whose features, of what. `student`: the model whose frozen trunk is cached too, or None."""
+    """Whose features, of what. `student`: the model whose frozen trunks are cached too (`student_image`,
+    `student_text`: which of them), or None."""
 
     root: str
     pairs: Pairs
@@ -44,6 +48,8 @@ class FeatureRequest:
     base_fingerprint: str
     student: str | None = None
     student_fingerprint: str = ""
+    student_image: bool = True
+    student_text: bool = False
     regions: Stage | None = None
     seed: int = 0
 
@@ -55,6 +61,7 @@ class FeatureRequest:
             "pairs": self.pairs.fingerprint,
             "base": self.base_fingerprint,
             "student": self.student_fingerprint if self.student else None,
+            "trunks": [self.student_image, self.student_text] if self.student else None,
             "regions": self.regions.path.name if self.regions else None,
             "top_k": recipe.regions.top_k if self.regions else None,
             "context": recipe.regions.context if self.regions else None,
@@ -69,13 +76,21 @@ class FeatureRequest:
 
 
 @dataclass
+class Pixels:
+    """Pictures as each model's input [S, S, 3] uint8; `student` is empty where its trunk isn't cached."""
+
+    base: list[np.ndarray]
+    student: list[np.ndarray]
+
+
+@dataclass
 class PreparedPicture:
     """Pixels of one picture's views and region crops, and what each of them shows."""
 
-    views: list[np.ndarray]
+    views: Pixels
     view_boxes: list[Box]
     flips: list[bool]
-    crops: list[np.ndarray]
+    crops: Pixels
     crop_boxes: list[Box]
 
 
@@ -86,6 +101,8 @@ class Featurise:
         self,
         base: str,
         student: str | None,
+        student_image: bool,
+        student_text: bool,
         recipe: dict[str, Any],
         regions: str | None,
         seed: int,
@@ -98,48 +115,53 @@ class Featurise:
         self.out = UPath(out)
         self.seed = seed
         self.base = two_tower.load(base).to(self.device)
-        self.student = None
+        own = None
         if student is not None:
-            self.student = self.base if student == base else two_tower.load(student).to(self.device)
+            own = self.base if student == base else two_tower.load(student).to(self.device)
+        self.image_student = own if student_image else None
+        self.text_student = own if student_text else None
         self.regions = load_regions(regions) if regions else None
-        self.crop_preprocess = replace(self.base.preprocess, resize_mode="squash")
+        # of views and of crops: the base's preprocessing, and the student's
+        self.view_preprocess = (self.base.preprocess, own.preprocess if own else self.base.preprocess)
+        self.crop_preprocess = tuple(replace(p, resize_mode="squash") for p in self.view_preprocess)
         teacher = self.recipe.teacher
         if teacher and not teacher.normalise_crops:  # as released: ToTensor alone, bilinear squash
-            self.crop_preprocess = replace(
-                self.crop_preprocess, interpolation="bilinear", mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)
+            released = replace(
+                self.crop_preprocess[0], interpolation="bilinear", mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)
             )
+            self.crop_preprocess = (released, self.crop_preprocess[1])
         self.with_whole = regions is not None and (teacher is None or teacher.include_global)
 
     def __call__(self, table: pa.Table) -> pa.Table:
         rows = table.to_pylist()
         prepared = list(self.pool.map(self._prepare, rows))
-        views = np.stack([view for p in prepared for view in p.views])
-        view_vectors, view_trunks = self._encode(views, self.base.preprocess)
-        crops = [crop for p in prepared for crop in p.crops]
-        crop_vectors: Any = []
-        crop_trunks: Any = []
-        if crops:
-            crop_vectors, crop_trunks = self._encode(np.stack(crops), self.crop_preprocess)
+        view_vectors, view_trunks = self._encode([p.views for p in prepared], self.view_preprocess)
+        crop_vectors, crop_trunks = self._encode([p.crops for p in prepared], self.crop_preprocess)
         captions = [caption for row in rows for caption in row["captions"]]
         text_vectors = encode_texts(self.base, captions, self.device)
+        text_trunks: Any = []
+        if self.text_student is not None:
+            text_trunks = encode_texts(self.text_student, captions, self.device, trunk=True)
         out: list[dict[str, Any]] = []
         view = crop = text = 0  # where the picture's own begin
         for row, picture in zip(rows, prepared, strict=True):
-            own = slice(crop, crop + len(picture.crops))
+            own = slice(crop, crop + len(picture.crops.base))
+            said = slice(text, text + len(row["captions"]))
             regions, boxes = list(crop_vectors[own]), list(picture.crop_boxes)
-            trunks = list(crop_trunks[own]) if view_trunks is not None and crops else []
+            trunks = list(crop_trunks[own])
             if self.with_whole:
                 regions, boxes = [view_vectors[view], *regions], [WHOLE, *boxes]
-                trunks = [view_trunks[view], *trunks] if view_trunks is not None else []
+                trunks = [view_trunks[view], *trunks] if self.image_student is not None else []
             plain = {
                 "captions": row["captions"],
                 "regions": regions,
                 "region_boxes": boxes,
                 "region_trunk": trunks,
-                "texts": list(text_vectors[text : text + len(row["captions"])]),
+                "texts": list(text_vectors[said]),
+                "text_trunk": list(text_trunks[said]),
             }
             nothing = {name: [] for name in plain}
-            for number in range(len(picture.views)):
+            for number in range(len(picture.view_boxes)):
                 facts = {
                     "key": row["key"],
                     "view": number,
@@ -147,11 +169,11 @@ class Featurise:
                     "flip": picture.flips[number],
                     "split": row["split"],
                     "image": view_vectors[view],
-                    "trunk": view_trunks[view] if view_trunks is not None else [],
+                    "trunk": view_trunks[view] if self.image_student is not None else [],
                 }
                 out.append(facts | (plain if number == 0 else nothing))
                 view += 1
-            crop, text = own.stop, text + len(row["captions"])
+            crop, text = own.stop, said.stop
         write_part(self.out, contracts.FEATURES, out)
         return pa.table({"done": [len(rows)]})
 
@@ -163,44 +185,58 @@ class Featurise:
         for _ in range(train.views - 1 if row["split"] == "train" else 0):
             boxes.append(view_box(rng, train.crop_scale))
             flips.append(train.flip and bool(rng.random() < 0.5))
-        views = [
-            self.base.preprocess.pixels(apply_view(image, np.array(box), flip))
-            for box, flip in zip(boxes, flips, strict=True)
-        ]
-        picture = PreparedPicture(views, boxes, flips, [], [])
+        views = [apply_view(image, np.array(box), flip) for box, flip in zip(boxes, flips, strict=True)]
+        crops, crop_boxes = [], []
         if self.regions is not None and row["key"] in self.regions:
             regions = self.regions[row["key"]].top(settings.top_k)
             width, height = image.size
             for left, top, right, bottom in regions.cuts(width, height, context=settings.context):
-                picture.crops.append(self.crop_preprocess.pixels(image.crop((left, top, right, bottom))))
-                picture.crop_boxes.append((left / width, top / height, right / width, bottom / height))
-        return picture
+                crops.append(image.crop((left, top, right, bottom)))
+                crop_boxes.append((left / width, top / height, right / width, bottom / height))
+        return PreparedPicture(
+            views=self._pixels(views, self.view_preprocess),
+            view_boxes=boxes,
+            flips=flips,
+            crops=self._pixels(crops, self.crop_preprocess),
+            crop_boxes=crop_boxes,
+        )
 
-    def _tensor(self, pixels: np.ndarray, preprocess: Preprocess) -> Tensor:
-        return torch.from_numpy(preprocess.normalise(pixels)).to(self.device)
+    def _pixels(self, pictures: list[Image.Image], preprocess: tuple[Preprocess, ...]) -> Pixels:
+        of_base, of_student = preprocess
+        base = [of_base.pixels(picture) for picture in pictures]
+        if self.image_student is None:
+            return Pixels(base, [])
+        if replace(of_student, mean=of_base.mean, std=of_base.std) == of_base:
+            return Pixels(base, base)  # mean and std come later
+        return Pixels(base, [of_student.pixels(picture) for picture in pictures])
 
-    def _encode(self, pixels: np.ndarray, preprocess: Preprocess) -> tuple[np.ndarray, np.ndarray | None]:
-        """The base's features and, where a frozen trunk is cached, the student's trunk features."""
+    @torch.no_grad()
+    def _encode(
+        self, pictures: list[Pixels], preprocess: tuple[Preprocess, ...]
+    ) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """The base's features of each, and the student's trunk features where they are cached."""
+        base = [pixels for p in pictures for pixels in p.base]
+        student = [pixels for p in pictures for pixels in p.student]
         vectors: list[np.ndarray] = []
         trunks: list[np.ndarray] = []
-        with torch.no_grad():
-            for batch in _batches(pixels):
-                x = self._tensor(batch, preprocess)
-                if self.student is self.base:
-                    features = self.base.trunk(x)
-                    trunks.append(features.float().cpu().numpy())
-                    vectors.append(self.base.head(features).float().cpu().numpy())
-                    continue
-                vectors.append(self.base.encode_image(x).float().cpu().numpy())
-                if self.student is not None:
-                    own = self.student.trunk(self._tensor(batch, self.student.preprocess))
-                    trunks.append(own.float().cpu().numpy())
-        return np.concatenate(vectors), np.concatenate(trunks) if trunks else None
+        if self.image_student is self.base and preprocess[0] == preprocess[1]:  # one pass gives both
+            for x in self._batches(base, preprocess[0]):
+                features = self.base.trunk(x)
+                trunks += list(features.float().cpu().numpy())
+                vectors += list(self.base.head(features).float().cpu().numpy())
+            return vectors, trunks
+        for x in self._batches(base, preprocess[0]):
+            vectors += list(self.base.encode_image(x).float().cpu().numpy())
+        if self.image_student is not None:
+            for x in self._batches(student, preprocess[1]):
+                trunks += list(self.image_student.trunk(x).float().cpu().numpy())
+        return vectors, trunks
 
-
-def _batches(pixels: np.ndarray) -> Iterator[np.ndarray]:
-    for start in range(0, len(pixels), FORWARD):
-        yield pixels[start : start + FORWARD]
+    def _batches(self, pixels: list[np.ndarray], preprocess: Preprocess) -> Iterator[Tensor]:
+        """[B, 3, S, S] on the device."""
+        for start in range(0, len(pixels), FORWARD):
+            batch = preprocess.normalise(np.stack(pixels[start : start + FORWARD]))
+            yield torch.from_numpy(batch).to(self.device)
 
 
 def _key_number(key: str) -> int:
@@ -219,6 +255,8 @@ def extract_features(request: FeatureRequest, *, actors: int | None, from_scratc
     arguments = {
         "base": request.base,
         "student": request.student,
+        "student_image": request.student_image,
+        "student_text": request.student_text,
         "recipe": request.recipe.as_dict(),
         "regions": str(request.regions.path) if request.regions else None,
         "seed": request.seed,

@@ -8,8 +8,12 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from dclip_qdrant.errors import UsageError
+from upath import UPath
+
+from dclip_qdrant import errors
+from dclip_qdrant.errors import DclipError, UsageError
 from dclip_qdrant.jobs.cluster import cpus, gpus
+from dclip_qdrant.tables.storage import as_path, write_text
 from dclip_qdrant.training.runs import Run, Worker
 
 logger = logging.getLogger(__name__)
@@ -31,10 +35,17 @@ def _work(config: dict[str, Any]) -> None:
             sys.stdout.write(line + "\n")  # not print: Ray Train patches that to say everything twice
             sys.stdout.flush()
 
+    complaint = UPath(config["complaint"])
+    if complaint.exists():
+        return  # Ray starts everything once more after an error; this one would come again
     worker = Worker(comm, device, log)
     for raw in config["runs"]:
         run = Run(**raw)
-        worker.do(run)
+        try:
+            worker.do(run)
+        except DclipError as e:
+            write_text(complaint, e.as_json())
+            raise
         ray.train.report({"label": run.label})
 
 
@@ -54,6 +65,7 @@ def run_in_order(runs: Sequence[Run], *, workers: int, storage: str) -> dict[str
 
     Raises:
         UsageError: more workers than the cluster can hold; Ray would wait for ever.
+        DclipError: what a run met. It isn't tried again; killed workers are.
     """
     waiting = not_done(runs)
     if not waiting:
@@ -65,16 +77,22 @@ def run_in_order(runs: Sequence[Run], *, workers: int, storage: str) -> dict[str
     most, unit = (gpus(), "GPUs") if use_gpu else (cpus(), "CPUs")
     if workers > most:
         raise UsageError("`workers`", f"{workers} on a cluster of {most} {unit}", f"at most {most}")
+    name = f"runs-{time.time_ns()}"
+    complaint = as_path(storage) / f"{name}-error.json"
     resources = {"CPU": 1.0} | ({"GPU": 1.0} if use_gpu else {})
     trainer = TorchTrainer(
         _work,
-        train_loop_config={"runs": [run.as_dict() for run in waiting]},
+        train_loop_config={"runs": [run.as_dict() for run in waiting], "complaint": str(complaint)},
         scaling_config=ScalingConfig(num_workers=workers, use_gpu=use_gpu, resources_per_worker=resources),
         run_config=RunConfig(
-            name=f"runs-{int(time.time())}",
+            name=name,
             storage_path=storage,
             failure_config=FailureConfig(max_failures=3),
         ),
     )
-    trainer.fit()
+    try:
+        trainer.fit()
+    finally:
+        if complaint.exists():
+            raise errors.of_json(complaint.read_text()) from None
     return {}

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
@@ -60,6 +61,27 @@ class Labelled:
     @property
     def prompts(self) -> list[str]:
         return [PROMPT.format(n.replace("_", " ")) for n in self.names]
+
+    def halves(self) -> tuple[np.ndarray, np.ndarray]:
+        """Which pictures choose (alpha, strengths) and which are reported: of each class every other one, in
+        the order of a hash of what they are. A class's odd one chooses.
+
+        Raises:
+            InputError: fewer than two pictures a class on average.
+        """
+        if len(self) < 2 * len(self.names):
+            came = f"{len(self)} labelled pictures in {len(self.names)} classes"
+            raise InputError(
+                "`labelled`", came, "two or more a class: half of them choose, half are reported"
+            )
+        marks = [hashlib.sha256(p if isinstance(p, bytes) else p.encode()).digest() for p in self.pictures]
+        place = [0] * len(self.names)
+        halves: tuple[list[int], list[int]] = ([], [])
+        for i in sorted(range(len(self)), key=lambda i: marks[i]):
+            halves[place[self.labels[i]] % 2].append(i)
+            place[self.labels[i]] += 1
+        choosing, reported = (np.array(sorted(half), np.int64) for half in halves)
+        return choosing, reported
 
     def load(self, i: int) -> Image.Image:
         """Raises ImageError."""

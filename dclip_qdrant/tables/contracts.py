@@ -122,7 +122,7 @@ _VIEW = {
 
 FEATURES = Contract(
     "features",
-    1,
+    2,
     "what the frozen base model sees in one stored view of one picture",
     {
         **_VIEW,
@@ -145,6 +145,11 @@ FEATURES = Contract(
         "texts": (
             pa.list_(pa.list_(pa.float32())),
             "its sentence vectors of the captions, not normalised; in view 0 alone",
+        ),
+        "text_trunk": (
+            pa.list_(pa.list_(pa.float32())),
+            "the student's features of the captions below its projection, or empty when they aren't read; "
+            "in view 0 alone",
         ),
     },
 )

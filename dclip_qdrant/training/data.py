@@ -78,6 +78,7 @@ class Cache:
     region_boxes: MaybeArray = None  # [N, R, 4]
     region_trunk: MaybeArray = None  # [N, R, F]
     texts: MaybeArray = None  # [T, D] float16, all captions in order
+    text_trunk: MaybeArray = None  # [T, W] the student's features of them below its projection; W = 0: none
     first: MaybeArray = None  # [N + 1] where each picture's captions begin in `texts`
     # [N, V, C, D] float16 (C = 1: the same for all captions), zero beyond a picture's captions
     teacher: MaybeArray = None
@@ -89,6 +90,7 @@ class Cache:
 
 
 REGION_COLUMNS = ("regions", "region_boxes", "region_trunk")
+TEXT_COLUMNS = ("texts", "text_trunk")
 
 
 def load_cache(
@@ -133,9 +135,10 @@ def load_cache(
             starts = np.concatenate([[0], np.cumsum(counts)])
             for j in np.flatnonzero(view == 0):
                 vectors, row = values[starts[j] : starts[j + 1]], rows[j]
-                if name == "texts":
-                    texts = arrays.setdefault("texts", np.zeros((first[-1], values.shape[1]), np.float16))
-                    texts[first[row] : first[row + 1]] = vectors
+                if name in TEXT_COLUMNS:
+                    texts = arrays.setdefault(name, np.zeros((first[-1], values.shape[1]), np.float16))
+                    if values.shape[1]:
+                        texts[first[row] : first[row + 1]] = vectors
                 else:
                     kind = np.float32 if name == "region_boxes" else np.float16
                     region_rows[name][row] = vectors.astype(kind)
@@ -150,6 +153,7 @@ def load_cache(
         trunk=arrays["trunk"],
         image=arrays["image"],
         texts=arrays.get("texts"),
+        text_trunk=arrays.get("text_trunk"),
         first=first,
     )
     for name, each in region_rows.items():

@@ -14,7 +14,7 @@ from dclip_qdrant import metrics
 from dclip_qdrant.pairs import Pairs
 from dclip_qdrant.pairs.labelled import Labelled
 from dclip_qdrant.pictures.preprocess import Preprocess
-from dclip_qdrant.training.data import Decoded, Pictures, load_cache
+from dclip_qdrant.training.data import TEXT_COLUMNS, Decoded, Pictures, load_cache
 from dclip_qdrant.training.models.two_tower import TwoTower
 
 BATCH = 64
@@ -63,7 +63,7 @@ class EvalSet:
         self.owner = np.repeat(np.arange(len(self.captions)), [len(c) for c in self.captions])
         self.cache = (
             load_cache(
-                [pictures.keys[i] for i in rows], [len(c) for c in self.captions], features, need=("texts",)
+                [pictures.keys[i] for i in rows], [len(c) for c in self.captions], features, need=TEXT_COLUMNS
             )
             if features is not None
             else None
@@ -72,44 +72,74 @@ class EvalSet:
         self.device = device
 
     def vectors(
-        self, model: TwoTower, *, cached_text: bool, text_map: np.ndarray | None = None
+        self,
+        model: TwoTower,
+        *,
+        cached_text: bool = False,
+        text_map: np.ndarray | None = None,
+        cached_trunks: bool = True,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """image [N, D] and text [M, D], unit rows. `cached_text`: the text tower is as it was when features
-        were made, but for `text_map` [D, D] behind it."""
-        if model.trunk_frozen and self.cache is not None and self.cache.trunk.shape[-1]:
-            image = _batched(lambda x: model.head(x), self.cache.trunk[:, 0], self.device)
+        """image [N, D] and text [M, D], unit rows.
+
+        `cached_text`: the text tower is as the base's was when features were made, but for `text_map` [D, D]
+        behind it. `cached_trunks`: the cached trunk features are this model's (where its trunks rest).
+        """
+        cache = self.cache if cached_trunks else None
+        if model.trunk_frozen and cache is not None and cache.trunk.shape[-1]:
+            image = _batched(model.head, cache.trunk[:, 0], self.device)
         else:
             image = encode_images(model, self.decoded, self.device)
         if cached_text and self.cache is not None:
             text = self.cache.texts.astype(np.float32)
             text = text if text_map is None else text @ text_map
+        elif model.text_trunk_frozen and cache is not None and cache.text_trunk.shape[-1]:
+            text = _batched(model.text_head, cache.text_trunk, self.device)
         else:
             text = encode_texts(model, [c for cs in self.captions for c in cs], self.device)
         return metrics.normalise(image), metrics.normalise(text)
 
     def ranks(
-        self, model: TwoTower, *, cached_text: bool = False, text_map: np.ndarray | None = None
+        self,
+        model: TwoTower,
+        *,
+        cached_text: bool = False,
+        text_map: np.ndarray | None = None,
+        cached_trunks: bool = True,
     ) -> metrics.Ranks:
-        return metrics.ranks(*self.vectors(model, cached_text=cached_text, text_map=text_map), self.owner)
+        image, text = self.vectors(
+            model, cached_text=cached_text, text_map=text_map, cached_trunks=cached_trunks
+        )
+        return metrics.ranks(image, text, self.owner)
+
+    def teacher_ranks(self) -> metrics.Ranks:
+        """What the model that teaches finds by its own vectors of whole pictures, from the cache."""
+        if self.cache is None:
+            raise ValueError("no cached features to take the teacher's vectors from")
+        image, text = (x.astype(np.float32) for x in (self.cache.image[:, 0], self.cache.texts))
+        return metrics.ranks(metrics.normalise(image), metrics.normalise(text), self.owner)
 
 
 class LabelledSet:
-    """Labelled pictures; a frozen trunk sees them once."""
+    """Labelled pictures; a trunk that rests sees them once."""
 
     def __init__(self, path: str, device: str = "cpu") -> None:
         self.data, self.device = Labelled.open(path), device
         self.decoded = PictureSet(self.data.load, len(self.data))
-        self._trunk: np.ndarray | None = None
+        self.choosing, self.reported = self.data.halves()
+        self._trunk: tuple[str, np.ndarray] | None = None  # whose features, and they
 
-    def accuracy(self, model: TwoTower) -> float:
+    def right(self, model: TwoTower) -> np.ndarray:
+        """Which pictures [N] the model puts into their own class, zero-shot."""
         if model.trunk_frozen:
-            if self._trunk is None:
-                self._trunk = encode_images(model, self.decoded, self.device, trunk=True)
-            image = _batched(lambda x: model.head(x), self._trunk, self.device)
+            # not "the trunk's" alone: another model, or updates merged into the weights, see other things
+            whose = model.trunk_mark()
+            if self._trunk is None or self._trunk[0] != whose:
+                self._trunk = (whose, encode_images(model, self.decoded, self.device, trunk=True))
+            image = _batched(model.head, self._trunk[1], self.device)
         else:
             image = encode_images(model, self.decoded, self.device)
         classes = encode_texts(model, self.data.prompts, self.device)
-        return metrics.zero_shot(
+        return metrics.zero_shot_right(
             metrics.normalise(image), np.array(self.data.labels), metrics.normalise(classes)
         )
 
@@ -137,13 +167,17 @@ def encode_images(
 
 
 @torch.no_grad()
-def encode_texts(model: TwoTower, texts: list[str], device: str = "cpu") -> np.ndarray:
-    """[M, D]; texts of like length go together, so that little is padded."""
+def encode_texts(
+    model: TwoTower, texts: list[str], device: str = "cpu", *, trunk: bool = False
+) -> np.ndarray:
+    """[M, D] (or features below the projection [M, W]); texts of like length go together, so that little is
+    padded."""
+    encode = model.text_trunk if trunk else model.encode_text
     order = np.argsort([len(t) for t in texts], kind="stable")
     out: np.ndarray | None = None
     for start in range(0, len(texts), 256):
         at = order[start : start + 256]
-        v = model.encode_text(model.tokens([texts[i] for i in at]).to(device)).float().cpu().numpy()
+        v = encode(model.tokens([texts[i] for i in at]).to(device)).float().cpu().numpy()
         out = np.zeros((len(texts), v.shape[1]), np.float32) if out is None else out
         out[at] = v
     return out if out is not None else np.zeros((0, model.dim), np.float32)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from dclip_qdrant.lookup import need
 from dclip_qdrant.tables import storage
 from dclip_qdrant.tables.student_folder import MANIFEST, MANIFEST_VERSION, file_hash, fingerprint_of
+from dclip_qdrant.training.models.model_folder import for_local_dir
 from dclip_qdrant.training.models.two_tower import TwoTower
 from dclip_qdrant.training.tokenizer_files import write_tokenizer
 
@@ -60,7 +61,7 @@ def write_student(
     _write_towers(model, folder)
     text = write_tokenizer(model, folder)
     storage.write_json(folder / "preprocessor_config.json", model.preprocess.as_fastembed())
-    config = {"model_cfg": _for_local_dir(model.config), "preprocess_cfg": model.preprocess.as_open_clip()}
+    config = {"model_cfg": for_local_dir(model.config), "preprocess_cfg": model.preprocess.as_open_clip()}
     storage.write_json(folder / "open_clip_config.json", config)
     weights = {key: value.contiguous() for key, value in model.weights().items()}
     save_file(weights, folder / "open_clip_model.safetensors")
@@ -127,17 +128,6 @@ def _to_onnx(
             )
         finally:
             torch.backends.mha.set_fastpath_enabled(fast)
-
-
-def _for_local_dir(config: dict) -> dict:
-    """The model config without what would send open_clip to a hub for weights that the folder already
-    holds."""
-    config = json.loads(json.dumps(config))
-    if "timm_model_name" in config.get("vision_cfg", {}):
-        config["vision_cfg"]["timm_model_pretrained"] = False
-    if "hf_model_name" in config.get("text_cfg", {}):
-        config["text_cfg"]["hf_model_pretrained"] = False
-    return config
 
 
 def _toml(value: dict[str, Any], path: str = "") -> str:

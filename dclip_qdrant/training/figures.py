@@ -15,18 +15,20 @@ from dclip_qdrant.tables.stages import Stage
 
 @dataclass(frozen=True)
 class Figures:
-    """One set of weights on the split of the table."""
+    """One set of weights on the split of the table, and on the labelled pictures that chose nothing."""
 
     test: metrics.RetrievalFigures
     zero_shot: float | None = None
     retention: float | None = None  # zero-shot accuracy over the base's
+    retention_ci: list[float] | None = None  # its 95% interval
 
 
 @dataclass(frozen=True)
 class SweepPoint:
     """One alpha of WiSE-FT and one strength against hubs, on validation.
 
-    `val` is what chooses: the mean of R@1, 5 and 10 of both directions.
+    `val` is what chooses: the mean of R@1, 5 and 10 of both directions. Zero-shot accuracy is that on the
+    half of the labelled pictures that chooses.
     """
 
     alpha: float

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dclip_qdrant.errors import DclipError
 from dclip_qdrant.training.checkpoint import Checkpoints
 from dclip_qdrant.training.distributed import Comm
 
@@ -80,7 +81,7 @@ def fit(
     """Trains to the end, from the newest checkpoint if there is one; the history, one row an epoch.
 
     Raises:
-        RuntimeError: the loss is no longer finite.
+        DclipError: the loss is no longer finite.
     """
     comm = comm or Comm()
     batch_size = min(batch_size, task.size) // comm.world * comm.world
@@ -146,9 +147,8 @@ def fit(
                 opt.zero_grad(set_to_none=True)
                 value, terms = gradients(task, batch, len(rows[step]), chunk_size, comm, device)
                 if not math.isfinite(value):
-                    raise RuntimeError(
-                        f"the loss is {value} at epoch {epoch + 1}, step {step + 1}: lower the learning rate"
-                    )
+                    came = f"the loss is {value} at epoch {epoch + 1}, step {step + 1}"
+                    raise DclipError("training", came, "a finite number", "lower the learning rate")
                 awake = [
                     p for p in towers if p.requires_grad
                 ]  # a resting tower has no gradient on any worker, and no momentum moves it

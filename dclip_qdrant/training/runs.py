@@ -21,7 +21,7 @@ from dclip_qdrant.tables import storage
 from dclip_qdrant.tables.stages import Stage
 from dclip_qdrant.training import hubness, rotation
 from dclip_qdrant.training.checkpoint import Checkpoints
-from dclip_qdrant.training.data import REGION_COLUMNS, Pictures, load_cache
+from dclip_qdrant.training.data import REGION_COLUMNS, TEXT_COLUMNS, Pictures, load_cache
 from dclip_qdrant.training.distributed import Comm
 from dclip_qdrant.training.evaluate import EvalSet, LabelledSet
 from dclip_qdrant.training.figures import Figures, RunFigures, SweepPoint, save_ranks
@@ -36,7 +36,7 @@ from dclip_qdrant.training.teacher_task import TeacherTask, fuse
 class Run:
     """Plain values alone: it travels to workers as it is."""
 
-    kind: str  # base | teacher | student
+    kind: str  # base | teacher_model | teacher | student
     root: str  # where the stage folder goes
     inputs: dict[str, Any]  # what names it
     recipe: dict[str, Any]
@@ -59,7 +59,9 @@ class Run:
 
     @property
     def label(self) -> str:
-        return f"{self.kind} {self.recipe['name']} seed {self.seed}" if self.kind != "base" else "base"
+        if self.kind in ("base", "teacher_model"):
+            return self.kind.replace("_", "'s ")
+        return f"{self.kind} {self.recipe['name']} seed {self.seed}"
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -75,7 +77,7 @@ class Worker:
         self.log = log
         self._eval_sets: dict[tuple[str, str, str, int | None], EvalSet] = {}
         self._labelled_sets: dict[str, LabelledSet] = {}
-        self._base_accuracies: dict[tuple[str, str], float] = {}
+        self._base_right: dict[tuple[str, str], np.ndarray] = {}
 
     def do(self, run: Run) -> None:
         """Does the run unless it is done. All ranks must call it."""
@@ -85,8 +87,13 @@ class Worker:
         if done:
             self.log(f"{run.label}: done before, reused")
             return
-        do = {"base": self._base, "teacher": self._teacher, "student": self._student}[run.kind]
-        do(run, lambda line: self.log(f"{run.label}: {line}"))
+        do = {
+            "base": self._base,
+            "teacher_model": self._teacher_model,
+            "teacher": self._teacher,
+            "student": self._student,
+        }
+        do[run.kind](run, lambda line: self.log(f"{run.label}: {line}"))
         self.comm.barrier()
 
     def _eval_set(self, run: Run, split: str, most: int | None = None) -> EvalSet:
@@ -103,33 +110,49 @@ class Worker:
             self._labelled_sets[run.labelled] = LabelledSet(run.labelled, self.device)
         return self._labelled_sets[run.labelled]
 
-    def _base_accuracy(self, run: Run, trained: "Trained") -> float:
-        """Zero-shot accuracy of the reference, or of the weights that every run of this model starts from;
-        measured once."""
-        labelled = self._labelled(run)
-        if labelled is None or run.labelled is None:
-            raise ValueError("no labelled pictures to measure the base on")
-        key = (run.labelled, run.reference or run.student)
-        if key not in self._base_accuracies:
+    def _right_of_base(self, run: Run, trained: "Trained", labelled: LabelledSet) -> np.ndarray:
+        """Which labelled pictures [N] the reference gets right, or the weights that every run of this model
+        starts from; measured once."""
+        key = (run.labelled or "", run.reference or run.student)
+        if key not in self._base_right:
             model = trained.model
             if run.reference:
                 model = two_tower.load(run.reference).to(self.device)
             else:
                 model.load_weights(trained.start)
-            self._base_accuracies[key] = labelled.accuracy(model)
-        return self._base_accuracies[key]
+            self._base_right[key] = labelled.right(model)
+        return self._base_right[key]
 
     def _base(self, run: Run, log: Log) -> None:
         if self.comm.rank:
             return
         model = two_tower.load(run.reference or run.student).to(self.device)
         labelled = self._labelled(run)
-        accuracy = labelled.accuracy(model) if labelled else None
-        ranks = self._eval_set(run, run.split).ranks(model, cached_text=False)
+        accuracy = float(labelled.right(model)[labelled.reported].mean()) if labelled else None
+        # cached trunk features are the student's
+        ranks = self._eval_set(run, run.split).ranks(model, cached_trunks=run.reference is None)
+        self._finish_untrained(run, ranks, accuracy, 1.0 if labelled else None, log)
+
+    def _teacher_model(self, run: Run, log: Log) -> None:
+        """What the model that teaches is worth by itself, where it isn't the student's own."""
+        if self.comm.rank:
+            return
+        ranks = self._eval_set(run, run.split).teacher_ranks()
+        accuracy = None
+        if run.labelled is not None:
+            model = two_tower.load(run.base).to(self.device)
+            labelled = LabelledSet(run.labelled, self.device)
+            accuracy = float(labelled.right(model)[labelled.reported].mean())
+        self._finish_untrained(run, ranks, accuracy, None, log)
+
+    def _finish_untrained(
+        self, run: Run, ranks: metrics.Ranks, zero_shot: float | None, retention: float | None, log: Log
+    ) -> None:
         save_ranks(run.stage.path, "chosen", ranks)
-        figures = Figures(metrics.retrieval(ranks), accuracy, 1.0 if labelled else None)
-        n_labelled = len(labelled.data) if labelled else 0
-        run.stage.finish(metrics=RunFigures("base", figures, n_labelled=n_labelled).as_dict())
+        figures = Figures(metrics.retrieval(ranks), zero_shot, retention)
+        labelled = self._labelled(run)
+        n_labelled = len(labelled.reported) if labelled else 0
+        run.stage.finish(metrics=RunFigures(run.label, figures, n_labelled=n_labelled).as_dict())
         log(_line(figures))
 
     def _teacher(self, run: Run, log: Log) -> None:
@@ -212,9 +235,9 @@ class Worker:
         best = choose_alpha(sweep, run.min_retention)
         as_trained = None
         if best.alpha != 1.0:
-            as_trained, _ = self._measure(run, trained, 1.0, best.hubness, sweep, "as_trained")
+            as_trained, _ = self._measure(run, trained, 1.0, best.hubness, "as_trained")
         # the chosen weights are measured last: the model then holds what is written
-        chosen, text_map = self._measure(run, trained, best.alpha, best.hubness, sweep, "chosen")
+        chosen, text_map = self._measure(run, trained, best.alpha, best.hubness, "chosen")
         turned = self._turn_for_index(run, trained, text_map, log)
         _save_tensors(run.stage.path / "weights.safetensors", trained.model.weights())
         labelled = self._labelled(run)
@@ -229,7 +252,7 @@ class Worker:
             history=trained.history,
             seconds=round(trained.seconds, 1),
             trained_parameters=trained.learning,
-            n_labelled=len(labelled.data) if labelled else 0,
+            n_labelled=len(labelled.reported) if labelled else 0,
             rotation=turned,
         )
         run.stage.finish(metrics=figures.as_dict(), recipe=run.recipe)
@@ -244,7 +267,7 @@ class Worker:
         pictures = Pictures(pairs, "train")
         captions = pairs.table(["captions"], ("train",))["captions"].to_pylist()
         counts = [len(c) for c in captions]
-        need = ("texts", *REGION_COLUMNS) if reads_regions(recipe) else ("texts",)
+        need = (*TEXT_COLUMNS, *REGION_COLUMNS) if reads_regions(recipe) else TEXT_COLUMNS
         teacher = UPath(run.teacher) if run.teacher else None
         cache = load_cache(pictures.keys, counts, UPath(run.features), teacher, need=need)
         cache.others = tuple(
@@ -265,7 +288,10 @@ class Worker:
         )
         learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
         if self.comm.rank == 0:
-            frozen = ", the image trunk is frozen and cached" if task.use_trunk else ""
+            resting = [
+                name for name, rests in (("image", task.use_trunk), ("text", task.text_trunk)) if rests
+            ]
+            frozen = f", trunks that are frozen and cached: {', '.join(resting)}" if resting else ""
             log(f"{learning:,} parameters learn{frozen}")
         val = self._eval_set(run, "val") if self.comm.rank == 0 and pairs.splits().get("val") else None
 
@@ -304,7 +330,8 @@ class Worker:
     def _sweep(self, run: Run, trained: "Trained") -> list[SweepPoint]:
         """Every alpha of WiSE-FT with every strength against hubs, on validation."""
         labelled = self._labelled(run)
-        base_accuracy = self._base_accuracy(run, trained) if labelled else None
+        if labelled:
+            self._right_of_base(run, trained, labelled)  # first: it puts the starting weights into the model
         sweep = []
         recipe = trained.recipe
         for alpha, strength in itertools.product(recipe.keep.wise_ft, recipe.hubness.strengths):
@@ -317,14 +344,14 @@ class Worker:
                 # together
                 recalls = [figures[way][f"r@{k}"] for way in ("t2i", "i2t") for k in metrics.KS]
                 val, val_mean_r1 = float(np.mean(recalls)), figures["mean_r@1"]
-            if labelled and base_accuracy is not None:
-                zero_shot = labelled.accuracy(trained.model)
-                retention = zero_shot / max(base_accuracy, 1e-9)
+            if labelled:
+                own, base = (right[labelled.choosing] for right in self._rights(run, trained, labelled))
+                zero_shot, retention = float(own.mean()), _ratio(own, base)
             sweep.append(SweepPoint(alpha, strength, val, val_mean_r1, zero_shot, retention))
         return sweep
 
     def _measure(
-        self, run: Run, trained: "Trained", alpha: float, strength: float, sweep: list[SweepPoint], name: str
+        self, run: Run, trained: "Trained", alpha: float, strength: float, name: str
     ) -> tuple[Figures, np.ndarray | None]:
         """Puts these weights into the model and measures them on the split of the table; the text side's
         map."""
@@ -333,15 +360,18 @@ class Worker:
             trained.model, cached_text=trained.cached_text, text_map=text_map
         )
         save_ranks(run.stage.path, name, ranks)
-        zero_shot = retention = None
+        retrieval = metrics.retrieval(ranks)
         labelled = self._labelled(run)
-        if labelled:
-            swept = next((p for p in sweep if (p.alpha, p.hubness) == (alpha, strength)), None)
-            zero_shot = swept.zero_shot if swept else None
-            if zero_shot is None:
-                zero_shot = labelled.accuracy(trained.model)
-            retention = zero_shot / max(self._base_accuracy(run, trained), 1e-9)
-        return Figures(metrics.retrieval(ranks), zero_shot, retention), text_map
+        if not labelled:
+            return Figures(retrieval), text_map
+        own, base = (right[labelled.reported] for right in self._rights(run, trained, labelled))
+        interval = list(metrics.ratio_interval(base, own))
+        return Figures(retrieval, float(own.mean()), _ratio(own, base), interval), text_map
+
+    def _rights(self, run: Run, trained: "Trained", labelled: LabelledSet) -> tuple[np.ndarray, np.ndarray]:
+        """Which labelled pictures [N] the student as it stands gets right, and the base."""
+        own = labelled.right(trained.model)
+        return own, self._right_of_base(run, trained, labelled)
 
     def _turn_for_index(
         self, run: Run, trained: "Trained", text_map: np.ndarray | None, log: Log
@@ -389,6 +419,11 @@ class Trained:
     learning: int
     val: EvalSet | None
     checkpoints: Checkpoints
+
+
+def _ratio(own: np.ndarray, base: np.ndarray) -> float:
+    """Retention: accuracy over the base's, right or wrong [N] each."""
+    return float(own.mean()) / max(float(base.mean()), 1e-9)
 
 
 def choose_alpha(sweep: list[SweepPoint], min_retention: float) -> SweepPoint:

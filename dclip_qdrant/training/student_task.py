@@ -26,7 +26,7 @@ DECODED_BYTES = 2 << 30  # a worker; 14,000 pictures of 224 x 224
 @dataclass
 class StudentBatch:
     """N pictures, C captions each. `images`: pixels [N, S, S, 3] uint8, or trunk features [N, F]; `texts`:
-    token ids [N * C, L], or vectors [N * C, D].
+    token ids [N * C, L], features below the projection [N * C, W], or vectors [N * C, D].
 
     `fixed`: what doesn't learn, by the name it has in `Encoded` ("image" and "text" are the teacher's,
     "image.0" the first other teacher's).
@@ -122,6 +122,13 @@ class StudentTask:
         # a cached trunk has one vector a picture: regions inside of it can't be pooled any more
         self.use_trunk = model.trunk_frozen and cache.trunk.shape[-1] > 0 and "rois" not in self.reads
         self.cached_text = not self.text_names and same_base and "words" not in self.reads
+        self.text_trunk = (
+            not self.cached_text
+            and model.text_trunk_frozen
+            and cache.text_trunk is not None
+            and cache.text_trunk.shape[-1] > 0
+            and "words" not in self.reads
+        )
         self.base: Any = base().to(device) if base is not None and self.reads & {"spans", "words"} else None
         self.bank = (
             PhraseBank(self.base, captions, seed=seed, device=device) if "spans" in self.reads else None
@@ -130,7 +137,8 @@ class StudentTask:
             raise RecipeError(
                 recipe.name, "an objective of spans", "train.span_share above 0 and a text tower that learns"
             )
-        self.ids = [] if self.cached_text else [model.tokens(c).to(torch.int32) for c in captions]
+        ids_wanted = not (self.cached_text or self.text_trunk)
+        self.ids = [] if not ids_wanted else [model.tokens(c).to(torch.int32) for c in captions]
         self.decoded = Decoded(DECODED_BYTES, ThreadPoolExecutor(max(2, os.cpu_count() or 2)))
 
     def groups(self) -> list[dict[str, Any]]:
@@ -195,8 +203,9 @@ class StudentTask:
                 )
             )
         flat = np.concatenate([c.first[i] + caps for i, (_, caps) in zip(index, drawn, strict=True)])
-        if self.cached_text:
-            texts = torch.from_numpy(c.texts[flat].astype(np.float32))
+        if self.cached_text or self.text_trunk:
+            rows = c.texts if self.cached_text else c.text_trunk
+            texts = torch.from_numpy(rows[flat].astype(np.float32))
         else:
             ids = [self.ids[i][k] for i, (_, caps) in zip(index, drawn, strict=True) for k in caps]
             texts = nn.utils.rnn.pad_sequence(ids, batch_first=True)
@@ -333,12 +342,19 @@ class StudentTask:
             if "words" in self.reads:
                 out["text"], out["words"], _ = self._words(self.model, part.texts.long())
             else:
-                out["text"] = part.texts if self.cached_text else self.model.encode_text(part.texts.long())
+                out["text"] = self._text(part.texts)
             if part.spans is not None:
                 out["spans"] = (
                     self.model.encode_text(part.spans.long()) if len(part.spans) else out["text"][:0]
                 )
         return out
+
+    def _text(self, texts: Tensor) -> Tensor:
+        if self.cached_text:
+            return texts
+        if self.text_trunk:
+            return self.model.text_head(texts)
+        return self.model.encode_text(texts.long())
 
     def _words(self, model: TwoTower, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Sentence vectors [M, D], token features [M, L, D] and which of them are words [M, L]; L is the

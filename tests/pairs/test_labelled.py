@@ -3,9 +3,11 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from dclip_qdrant.errors import InputError
 from dclip_qdrant.pairs.labelled import Labelled
@@ -48,3 +50,21 @@ def test_pictures_by_path_lie_beside_the_file(tmp_path):
     assert Labelled.open(str(tmp_path / "x.parquet")).pictures == tuple(
         str(tmp_path / f"{i}.jpg") for i in range(2)
     )
+
+
+def test_halves_are_disjoint_and_have_every_class(labelled_folder):
+    labelled = Labelled.open(str(labelled_folder))
+    choosing, reported = labelled.halves()
+    assert sorted([*choosing, *reported]) == list(range(len(labelled)))
+    labels = np.array(labelled.labels)
+    for number in range(len(labelled.names)):
+        mine, others = (int((labels[half] == number).sum()) for half in (choosing, reported))
+        assert 0 <= mine - others <= 1
+
+
+def test_one_picture_a_class_can_not_be_halved(tmp_path):
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (8, 8)).save(tmp_path / name / "a.png")
+    with pytest.raises(InputError, match="2 labelled pictures in 2 classes.*half of them choose"):
+        Labelled.open(str(tmp_path)).halves()

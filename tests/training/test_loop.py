@@ -8,6 +8,7 @@ from ray_head import free_ports
 from torch import nn
 from upath import UPath
 
+from dclip_qdrant.errors import DclipError
 from dclip_qdrant.training.checkpoint import Checkpoints
 from dclip_qdrant.training.distributed import Comm
 from dclip_qdrant.training.encoded import Encoded
@@ -210,7 +211,7 @@ def test_training_learns():
 def test_a_diverging_run_stops_with_a_word():
     task = Toy()
     task.x[3] = float("nan")
-    with pytest.raises(RuntimeError, match="lower the learning rate"):
+    with pytest.raises(DclipError, match="lower the learning rate"):
         fit(
             task,
             epochs=1,

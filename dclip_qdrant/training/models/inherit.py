@@ -3,23 +3,20 @@ TinyCLIP's manual inheritance, ICCV 2023; ConaCLIP's students keep 2, 4 or 6 tex
 
 import copy
 import re
-from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
-from safetensors.torch import save_file
 from torch import Tensor
 
 from dclip_qdrant.errors import RecipeError
-from dclip_qdrant.tables import storage
-from dclip_qdrant.training.models.bases import CONFIG, WEIGHTS
+from dclip_qdrant.training.models.bases import CONFIG
+from dclip_qdrant.training.models.model_folder import write_model
 from dclip_qdrant.training.models.two_tower import TwoTower
 
 _BLOCK = {
     "image": re.compile(r"^(visual\.transformer\.resblocks\.)(\d+)(\..*)$"),
     "text": re.compile(r"^((?:text\.)?transformer\.resblocks\.)(\d+)(\..*)$"),
 }
-
-MODEL_FOLDER = storage.FolderKind("a model", CONFIG, "model_cfg", (WEIGHTS[0],))
 
 
 def kept(have: int, want: int) -> list[int]:
@@ -73,10 +70,7 @@ def write(
     Raises:
         UsageError: a URI; open_clip loads local folders.
     """
-    target = storage.local_path(folder, "a student that is cut from the base (student.inherit)")
-    if (target / CONFIG).is_file():
+    if (Path(folder) / CONFIG).is_file():
         return
     config, state = cut(model, image_layers=image_layers, text_layers=text_layers)
-    with storage.new_folder(target, MODEL_FOLDER, overwrite=True) as part:
-        save_file({k: v.contiguous() for k, v in state.items()}, str(part / WEIGHTS[0]))
-        storage.write_json(part / CONFIG, {"model_cfg": config, "preprocess_cfg": asdict(model.preprocess)})
+    write_model(folder, config=config, weights=state, preprocess=model.preprocess, tokenizer=model.tokenizer)

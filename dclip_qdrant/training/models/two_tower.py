@@ -1,6 +1,7 @@
 """An open_clip model as the rest of the product sees it: two towers, what of them learns, and in which order
 their layers stand."""
 
+import hashlib
 import re
 from typing import Any
 
@@ -16,7 +17,7 @@ _ATTENTION = re.compile(
     r"\.attn\.(in_proj_weight|in_proj_bias|out_proj\.|qkv\.|q\.|k\.|v\.|proj\.|q_proj\.|k_proj\.|v_proj\."
     r"|\w*_proj_weight)"
 )
-_OUTPUT = re.compile(r"^visual\.(proj$|head\.|attnpool\.)|^(text\.)?text_projection(\.|$)")
+_OUTPUT = re.compile(r"^visual\.(proj$|head\.|attnpool\.)|^(text\.)?text_projection(\.|$)|^text\.proj\.")
 
 
 class TwoTower(nn.Module):
@@ -103,6 +104,14 @@ class TwoTower(nn.Module):
         """Nothing below the projection learns: the trunk's features can be computed once and kept."""
         return self.has_trunk and not any(p.requires_grad for p in self.model.visual.trunk.parameters())
 
+    def trunk_mark(self) -> str:
+        """What the image trunk sees follows from this: a hash of its weights and of the preprocessing."""
+        mark = hashlib.sha256(repr(self.preprocess).encode())
+        for name, value in sorted(self.model.visual.trunk.state_dict().items()):
+            raw = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            mark.update(name.encode() + raw.numpy().tobytes())
+        return mark.hexdigest()
+
     def trunk(self, pixels: Tensor) -> Tensor:
         """[B, 3, S, S] -> [B, F], what `head` turns into the embedding."""
         return self.model.visual.trunk(pixels)
@@ -185,6 +194,44 @@ class TwoTower(nn.Module):
             return self.model.encode_text(ids)
         return self._project(self.hidden(ids)[torch.arange(len(ids), device=ids.device), self._end(ids)])
 
+    @property
+    def _text_head(self) -> str | None:
+        """What the text tower's output projection is called in it; None where it can't be told apart."""
+        if getattr(self.model, "text_decoder", None) is not None:
+            return None  # CoCa's text tower gives its tokens too
+        t = self._text
+        places = ("text_projection", "proj")  # open_clip's own, Hugging Face's
+        return next((name for name in places if isinstance(getattr(t, name, None), nn.Module | Tensor)), None)
+
+    @property
+    def text_trunk_frozen(self) -> bool:
+        """Nothing below the text projection learns: what it reads of a caption can be computed once and
+        kept."""
+        if self._text_head is None:
+            return False
+        learning = [n for n, p in self.model.named_parameters() if p.requires_grad and not _is_image(n)]
+        return all(self.is_projection(n) for n in learning if not n.startswith("logit"))
+
+    def text_trunk(self, ids: Tensor) -> Tensor:
+        """[B, L] -> [B, W], what `text_head` turns into the embedding."""
+        if self.dynamic_text:
+            return self.hidden(ids)[torch.arange(len(ids), device=ids.device), self._end(ids)]
+        name, t = self._text_head, self._text
+        assert name is not None  # asked of towers that have one alone
+        head = getattr(t, name)
+        # open_clip's towers leave out a projection that is None, Hugging Face's call theirs always
+        setattr(t, name, nn.Identity() if name == "proj" else None)
+        try:
+            return self.model.encode_text(ids)
+        finally:
+            setattr(t, name, head)
+
+    def text_head(self, features: Tensor) -> Tensor:
+        """[B, W] -> [B, D], not normalised."""
+        if self._text_head == "proj":
+            return self._text.proj(features)
+        return self._project(features)
+
     def _end(self, ids: Tensor) -> Tensor:
         t = self._text
         if getattr(t, "text_pool_type", getattr(t, "pool_type", None)) == "eos":
@@ -249,6 +296,8 @@ class TwoTower(nn.Module):
         every = [n for layer in layers for n in layer]
         if trainable == "frozen":
             chosen = []
+        elif trainable == "proj":
+            chosen = [n for n in every if _OUTPUT.search(n)]
         elif (
             trainable == "attn_proj"
         ):  # DCLIP's set: q, k, v and out of every attention, and the output projection

@@ -1,0 +1,53 @@
+"""A model as an open_clip folder: config, weights and, for Hugging Face's text towers, the tokenizer's files.
+What `open_base` and stock open_clip (`local-dir:`) load."""
+
+import json
+from dataclasses import asdict
+from typing import Any
+
+from open_clip.tokenizer import HFTokenizer
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dclip_qdrant.pictures.preprocess import Preprocess
+from dclip_qdrant.tables import storage
+from dclip_qdrant.training.models.bases import CONFIG, WEIGHTS
+
+MODEL_FOLDER = storage.FolderKind(
+    "a model", CONFIG, "model_cfg", (WEIGHTS[0], "*.json", "vocab.txt", "*.model")
+)
+
+
+def write_model(
+    folder: str,
+    *,
+    config: dict[str, Any],
+    weights: dict[str, Tensor],
+    preprocess: Preprocess,
+    tokenizer: Any,
+) -> None:
+    """Writes the folder, once: one that is there is kept.
+
+    Raises:
+        UsageError: a URI (open_clip loads local folders), or something else than a model in `folder`.
+    """
+    target = storage.local_path(folder, "an open_clip model's folder")
+    if (target / CONFIG).is_file():
+        return
+    with storage.new_folder(target, MODEL_FOLDER, overwrite=True) as part:
+        save_file({k: v.contiguous() for k, v in weights.items()}, str(part / WEIGHTS[0]))
+        if isinstance(tokenizer, HFTokenizer):
+            tokenizer.tokenizer.save_pretrained(str(part))
+        facts = {"model_cfg": for_local_dir(config), "preprocess_cfg": asdict(preprocess)}
+        storage.write_json(part / CONFIG, facts)
+
+
+def for_local_dir(config: dict[str, Any]) -> dict[str, Any]:
+    """The model config without what would send open_clip to a hub for weights that the folder already
+    holds."""
+    config = json.loads(json.dumps(config))
+    if "timm_model_name" in config.get("vision_cfg", {}):
+        config["vision_cfg"]["timm_model_pretrained"] = False
+    if "hf_model_name" in config.get("text_cfg", {}):
+        config["text_cfg"]["hf_model_pretrained"] = False
+    return config

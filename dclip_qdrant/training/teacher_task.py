@@ -31,8 +31,10 @@ class Spans:
             ids = self.base.tokens(captions).to(self.device)
             vectors, mask = self.base.text_tokens(ids)
             width = max(int(mask.sum(1).max()), 1)
-            # word tokens stand right behind the begin token: positions 1..S
-            vectors, mask = vectors[:, 1 : 1 + width], mask[:, 1 : 1 + width]
+            words = torch.argsort((~mask).int(), dim=1, stable=True)[
+                :, :width
+            ]  # begin, end and padding go behind
+            vectors, mask = vectors.take_along_dim(words[..., None], 1), mask.gather(1, words)
             return vectors * mask[..., None], mask
         pieces = [phrases(c) for c in captions]
         flat = self.base.encode_text(self.base.tokens([p for ps in pieces for p in ps]).to(self.device))

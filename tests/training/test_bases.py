@@ -95,12 +95,12 @@ def other_towers(tmp_path, **text):
 
 
 def test_a_recipe_that_a_text_tower_can_not_serve_is_refused_before_any_work(tmp_path):
-    model = other_towers(tmp_path, no_causal_mask=True, pool_type="last")
+    model = other_towers(tmp_path, embed_cls=True)
     try_towers(model)
-    with pytest.raises(RecipeError, match=r"a causal text tower.*phrases"):
+    with pytest.raises(RecipeError, match=r"a text tower that gives features of its tokens.*phrases"):
         try_recipe(Recipe.load("tiny"), set(), model, model)
     try_recipe(Recipe.load("sft"), set(), model, model)
-    with pytest.raises(RecipeError, match="a causal text tower"):
+    with pytest.raises(RecipeError, match="features of its tokens"):
         try_recipe(Recipe.load("sft"), {"words"}, model, model)
 
 
@@ -143,3 +143,22 @@ def test_a_separator_that_clipa_blanks_is_blank_in_the_file(template):
     facts = json.loads(fast.to_str())
     tokenizer_files._blank_separator(facts, "[SEP]", 3)
     assert Tokenizer.from_str(json.dumps(facts)).encode("cat cat").ids == [2, 4, 4, 0]
+
+
+def test_a_published_model_is_named_by_its_weights(monkeypatch, tmp_path):
+    """The same name with other weights behind it is another model: no stage of the old one is used."""
+    from open_clip import factory
+
+    shift = [0.0]
+
+    def load(model, *_, **__):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.fill_(0.01 + shift[0])
+        return {}
+
+    monkeypatch.setattr(factory, "download_pretrained", lambda cfg, cache_dir=None: str(tmp_path / "none"))
+    monkeypatch.setattr(factory, "load_checkpoint", load)
+    one, again = (two_tower.load("RN50/openai").fingerprint for _ in range(2))
+    shift[0] = 1.0
+    assert one == again != two_tower.load("RN50/openai").fingerprint

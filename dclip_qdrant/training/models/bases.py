@@ -2,11 +2,12 @@
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import open_clip
+import torch
 from open_clip.pretrained import get_pretrained_cfg
 from torch import nn
 
@@ -21,13 +22,15 @@ POINTER = b"version https://git-lfs"
 
 @dataclass(frozen=True)
 class Source:
-    """What open_clip is asked for, and what names it: for a folder the hash of its files.
+    """What open_clip is asked for.
 
-    `quick_gelu`: the activation that the weights were trained with, where their list says it.
+    `fingerprint`: of a folder, the hash of its files; None for models of a list or hub, which are named by
+    what was loaded. `quick_gelu`: the activation that the weights were trained with, where their list says
+    it.
     """
 
     name: str
-    fingerprint: str
+    fingerprint: str | None = None
     pretrained: str | None = None
     config: dict[str, Any] | None = None
     quick_gelu: bool | None = None
@@ -86,7 +89,8 @@ def open_base(name: str, *, weights: bool = True) -> Base:
         config = json.loads(json.dumps(getattr(model, "config", {"embed_dim": _dim(model)})))
     if source.quick_gelu is not None and source.quick_gelu != bool(config.get("quick_gelu")):
         config = {**config, "quick_gelu": source.quick_gelu}
-    return Base(model, preprocess, tokenizer, config, source.fingerprint)
+    fingerprint = source.fingerprint or hash_model(model, config, preprocess)
+    return Base(model, preprocess, tokenizer, config, fingerprint)
 
 
 def of_folder(folder: Path) -> Source:
@@ -114,9 +118,8 @@ def of_folder(folder: Path) -> Source:
 
 def of_list(name: str, *, weights: bool) -> Source:
     """A model of open_clip's list, or of a hub. Raises UsageError: not one of them."""
-    fingerprint = hashlib.sha256(name.encode()).hexdigest()
     if name.startswith("hf-hub:"):
-        return Source(name, fingerprint)
+        return Source(name)
     if "/" in name and (name.startswith((".", "/")) or name.count("/") > 1):
         expected = "a folder with open_clip_config.json, or a name like ViT-B-32/openai"
         raise UsageError(name, "no such folder", expected)
@@ -131,12 +134,21 @@ def of_list(name: str, *, weights: bool) -> Source:
     if tag and tag not in tags:
         raise UsageError("`base`", f"no weights {tag!r} for {model}", f"one of {', '.join(tags)}")
     quick_gelu = bool(get_pretrained_cfg(model, tag).get("quick_gelu")) if tag else None
-    return Source(model, fingerprint, pretrained=tag or None, quick_gelu=quick_gelu)
+    return Source(model, pretrained=tag or None, quick_gelu=quick_gelu)
 
 
 def _dim(model: Any) -> int:
     w = model.text_projection
     return w.out_features if isinstance(w, nn.Linear) else w.shape[1]
+
+
+def hash_model(model: nn.Module, config: dict[str, Any], preprocess: Preprocess) -> str:
+    """sha256 over weights, config and preprocessing: a hub's name stays when what is behind it changes."""
+    digest = hashlib.sha256(json.dumps([config, asdict(preprocess)], sort_keys=True).encode())
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def hash_files(*files: Path) -> str:

@@ -16,11 +16,10 @@ def try_recipe(recipe: Recipe, reads: set[str], base: TwoTower, student: TwoTowe
     Raises:
         RecipeError: a tower that can't give it.
     """
-    ids = student.tokens(["a photo of a cat"])
     if recipe.teacher is not None and recipe.teacher.spans == "tokens":
-        base.encode_words(base.tokens(["a photo of a cat"]))
+        base.encode_words(_text(base))
     if "words" in reads:
-        student.encode_words(ids)
+        student.encode_words(_text(student))
     if "rois" in reads:
         student.encode_patches(_picture(student))
 
@@ -32,10 +31,9 @@ def try_towers(model: TwoTower) -> None:
     Raises:
         UsageError: towers of another kind than a CLIP's.
     """
-    ids = model.tokens(["a photo of a cat"])
     for tower, encode, value in (
         ("image", model.encode_image, _picture(model)),
-        ("text", model.encode_text, ids),
+        ("text", model.encode_text, _text(model)),
     ):
         try:
             out = encode(value)
@@ -49,4 +47,8 @@ def try_towers(model: TwoTower) -> None:
 
 def _picture(model: TwoTower) -> Tensor:
     size = model.preprocess.size
-    return torch.zeros(1, 3, size, size)
+    return torch.zeros(1, 3, size, size, device=next(model.parameters()).device)
+
+
+def _text(model: TwoTower) -> Tensor:
+    return model.tokens(["a photo of a cat"]).to(next(model.parameters()).device)

@@ -6,18 +6,19 @@ import re
 from typing import Any
 
 import torch
+from open_clip.hf_model import HFTextEncoder
+from open_clip.transformer import TextTransformer
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from dclip_qdrant.errors import RecipeError
 from dclip_qdrant.pictures.preprocess import Preprocess
+from dclip_qdrant.training.models import lora, projections
 from dclip_qdrant.training.models.bases import open_base
 
 _ATTENTION = re.compile(
     r"\.attn\.(in_proj_weight|in_proj_bias|out_proj\.|qkv\.|q\.|k\.|v\.|proj\.|q_proj\.|k_proj\.|v_proj\."
     r"|\w*_proj_weight)"
 )
-_OUTPUT = re.compile(r"^visual\.(proj$|head\.|attnpool\.)|^(text\.)?text_projection(\.|$)|^text\.proj\.")
 
 
 class TwoTower(nn.Module):
@@ -96,28 +97,45 @@ class TwoTower(nn.Module):
         return out[0] if isinstance(out, tuple) else out
 
     @property
+    def _image_head(self) -> projections.Place | None:
+        return projections.image_head(self.model.visual, self.dim)
+
+    @property
     def has_trunk(self) -> bool:
+        """A tower of timm's: its features below the output projection can be had by themselves."""
         return hasattr(self.model.visual, "trunk") and hasattr(self.model.visual, "head")
 
     @property
     def trunk_frozen(self) -> bool:
         """Nothing below the projection learns: the trunk's features can be computed once and kept."""
-        return self.has_trunk and not any(p.requires_grad for p in self.model.visual.trunk.parameters())
+        if not self.has_trunk:
+            return False
+        learning = (n for n, p in self.model.named_parameters() if p.requires_grad and _is_image(n))
+        return all(self.is_projection(n) for n in learning)
 
     def trunk_mark(self) -> str:
         """What the image trunk sees follows from this: a hash of its weights and of the preprocessing."""
         mark = hashlib.sha256(repr(self.preprocess).encode())
-        for name, value in sorted(self.model.visual.trunk.state_dict().items()):
+        for name, value in sorted(self.model.visual.trunk.state_dict(prefix="visual.trunk.").items()):
+            if self.is_projection(name):
+                continue
             raw = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-            mark.update(name.encode() + raw.numpy().tobytes())
+            mark.update(name.encode())
+            mark.update(raw.numpy())
         return mark.hexdigest()
 
     def trunk(self, pixels: Tensor) -> Tensor:
         """[B, 3, S, S] -> [B, F], what `head` turns into the embedding."""
-        return self.model.visual.trunk(pixels)
+        place = self._image_head
+        if place is None or place.parent is self.model.visual:
+            return self.model.visual.trunk(pixels)
+        with projections.left_out(place):
+            return self.model.visual.trunk(pixels)
 
     def head(self, features: Tensor) -> Tensor:
-        return self.model.visual.head(features)
+        """[B, F] -> [B, D], not normalised."""
+        place = self._image_head
+        return features if place is None else place.value(features)
 
     def encode_patches(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """[B, 3, S, S] -> the embedding [B, D] and a map of patch features in the embedding's space [B, D, h,
@@ -129,10 +147,10 @@ class TwoTower(nn.Module):
         visual = self.model.visual
         if self.has_trunk:
             features = visual.trunk.forward_features(pixels)
-            image = visual.head(visual.trunk.forward_head(features))
+            image = visual.head(visual.trunk.forward_head(features))  # a projection of its own included
             skip = getattr(visual.trunk, "num_prefix_tokens", 0)
             patches = features[:, skip:] if features.ndim == 3 else features.flatten(2).mT
-            patches = visual.head(patches) if patches.shape[-1] == visual.trunk.num_features else patches
+            patches = self.head(patches) if patches.shape[-1] == visual.trunk.num_features else patches
         elif hasattr(visual, "_embeds") and getattr(visual, "attn_pool", None) is None:
             x = visual.transformer(visual._embeds(pixels))
             pooled, _ = visual._pool(x)
@@ -185,8 +203,10 @@ class TwoTower(nn.Module):
         return t.ln_final(t.transformer(x, attn_mask=t.attn_mask[:n, :n]))
 
     def _project(self, x: Tensor) -> Tensor:
-        w = self._text.text_projection
-        return x if w is None else w(x) if isinstance(w, nn.Linear) else x @ w
+        place = self._text_head
+        if place is None:
+            return x
+        return place.value(x) if isinstance(place.value, nn.Module) else x @ place.value
 
     def encode_text(self, ids: Tensor) -> Tensor:
         """[B, L] -> [B, D], not normalised."""
@@ -195,13 +215,8 @@ class TwoTower(nn.Module):
         return self._project(self.hidden(ids)[torch.arange(len(ids), device=ids.device), self._end(ids)])
 
     @property
-    def _text_head(self) -> str | None:
-        """What the text tower's output projection is called in it; None where it can't be told apart."""
-        if getattr(self.model, "text_decoder", None) is not None:
-            return None  # CoCa's text tower gives its tokens too
-        t = self._text
-        places = ("text_projection", "proj")  # open_clip's own, Hugging Face's
-        return next((name for name in places if isinstance(getattr(t, name, None), nn.Module | Tensor)), None)
+    def _text_head(self) -> projections.Place | None:
+        return projections.text_head(self._text)
 
     @property
     def text_trunk_frozen(self) -> bool:
@@ -209,27 +224,20 @@ class TwoTower(nn.Module):
         kept."""
         if self._text_head is None:
             return False
-        learning = [n for n, p in self.model.named_parameters() if p.requires_grad and not _is_image(n)]
+        learning = (n for n, p in self.model.named_parameters() if p.requires_grad and not _is_image(n))
         return all(self.is_projection(n) for n in learning if not n.startswith("logit"))
 
     def text_trunk(self, ids: Tensor) -> Tensor:
         """[B, L] -> [B, W], what `text_head` turns into the embedding."""
         if self.dynamic_text:
             return self.hidden(ids)[torch.arange(len(ids), device=ids.device), self._end(ids)]
-        name, t = self._text_head, self._text
-        assert name is not None  # asked of towers that have one alone
-        head = getattr(t, name)
-        # open_clip's towers leave out a projection that is None, Hugging Face's call theirs always
-        setattr(t, name, nn.Identity() if name == "proj" else None)
-        try:
+        place = self._text_head
+        assert place is not None  # asked of towers that have one alone
+        with projections.left_out(place):
             return self.model.encode_text(ids)
-        finally:
-            setattr(t, name, head)
 
     def text_head(self, features: Tensor) -> Tensor:
         """[B, W] -> [B, D], not normalised."""
-        if self._text_head == "proj":
-            return self._text.proj(features)
         return self._project(features)
 
     def _end(self, ids: Tensor) -> Tensor:
@@ -241,16 +249,37 @@ class TwoTower(nn.Module):
     def encode_words(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[B, L] -> sentence vectors [B, D], projected token features [B, L, D], and the mask [B, L] of real
         words (no begin, end or padding)."""
-        if not self.dynamic_text:
-            raise RecipeError(
-                "teacher.spans",
-                f"'tokens' with the text tower of {self.name}",
-                "a causal text tower",
-                'teacher.spans = "phrases"',
-            )
-        features = self._project(self.hidden(ids))
-        at, end = torch.arange(ids.shape[1], device=ids.device)[None], self._end(ids)[:, None]
-        return features[torch.arange(len(ids), device=ids.device), end[:, 0]], features, (at > 0) & (at < end)
+        if self.dynamic_text:
+            features = self._project(self.hidden(ids))
+            at, end = torch.arange(ids.shape[1], device=ids.device)[None], self._end(ids)[:, None]
+            sentence = features[torch.arange(len(ids), device=ids.device), end[:, 0]]
+            return sentence, features, (at > 0) & (at < end)
+        special = torch.tensor(sorted(special_ids(self.tokenizer)), device=ids.device)
+        return self.model.encode_text(ids), self._project(self._states(ids)), ~torch.isin(ids, special)
+
+    def _states(self, ids: Tensor) -> Tensor:
+        """[B, L] -> [B, L, W] of text towers that read both ways, before their projection.
+
+        Raises:
+            RecipeError: a tower that gives no features of its tokens.
+        """
+        t: Any = self._text
+        if isinstance(t, TextTransformer) and self._text_head is not None:
+            x, mask = t._embeds(ids)
+            return t.ln_final(t.transformer(x, attn_mask=mask))
+        if t is self.model:  # an open_clip CLIP, whose text tower's parts are its own
+            x = t.token_embedding(ids) + t.positional_embedding
+            return t.ln_final(t.transformer(x, attn_mask=t.attn_mask))
+        if isinstance(t, HFTextEncoder):
+            config: Any = t.config
+            mask = ids.ne(config.pad_token_id).to(torch.int64)
+            return t.transformer(input_ids=ids, attention_mask=mask).last_hidden_state
+        raise RecipeError(
+            "teacher.spans",
+            f"'tokens' with the text tower of {self.name}",
+            "a text tower that gives features of its tokens",
+            'teacher.spans = "phrases"',
+        )
 
     def text_tokens(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """The words of `encode_words` and their mask: DCLIP's spans."""
@@ -278,14 +307,14 @@ class TwoTower(nn.Module):
             last = max((int(b.group(1)) for b in blocks if b), default=0)
             number = {n: int(b.group(1)) for n, b in zip(mine, blocks, strict=True) if b}
             of = lambda n: number.get(
-                n, last + 1 if _OUTPUT.search(n) or ".ln_post" in n or "ln_final" in n else -1
+                n, last + 1 if projections.PARAMETERS.search(n) or ".ln_post" in n or "ln_final" in n else -1
             )
         order = sorted({of(n) for n in mine})
         return [[n for n in mine if of(n) == level] for level in order]
 
     def is_projection(self, name: str) -> bool:
         """Whether a parameter belongs to an output projection."""
-        return bool(_OUTPUT.search(name))
+        return bool(projections.PARAMETERS.search(name))
 
     def choose(
         self, tower: str, trainable: str, *, last_n: int = 2, rank: int = 8, alpha: float = 16.0
@@ -297,49 +326,25 @@ class TwoTower(nn.Module):
         if trainable == "frozen":
             chosen = []
         elif trainable == "proj":
-            chosen = [n for n in every if _OUTPUT.search(n)]
+            chosen = [n for n in every if projections.PARAMETERS.search(n)]
         elif (
             trainable == "attn_proj"
         ):  # DCLIP's set: q, k, v and out of every attention, and the output projection
-            chosen = [n for n in every if _ATTENTION.search(n) or _OUTPUT.search(n)]
+            chosen = [n for n in every if _ATTENTION.search(n) or projections.PARAMETERS.search(n)]
         elif trainable == "last_n":
             chosen = [n for layer in layers[-1 - last_n :] for n in layer] if len(layers) > 1 else every
         elif trainable == "full":
             chosen = every
         else:
-            return self._add_lora(every, rank, alpha)
+            return lora.add(self.model, every, rank, alpha)
         params = dict(self.model.named_parameters())
         for name in chosen:
             params[name].requires_grad_(True)
         return chosen
 
-    def _add_lora(self, names: list[str], rank: int, alpha: float) -> list[str]:
-        """LoRA (Hu et al. 2021) on every attention, MLP and projection matrix; convolutions count as matrices
-        over their fan-in."""
-        chosen = []
-        for name in names:
-            path, _, leaf = name.rpartition(".")
-            module = self.model.get_submodule(path)
-            weight = getattr(module, leaf)
-            grouped = isinstance(module, nn.Conv2d) and module.groups > 1
-            wanted = (
-                leaf in ("weight", "in_proj_weight", "proj", "text_projection")
-                and not isinstance(module, nn.Embedding)
-                and not grouped
-            )
-            if wanted and weight.ndim >= 2:
-                parametrize.register_parametrization(module, leaf, _LowRank(weight, rank, alpha))
-                chosen += [f"{path + '.' if path else ''}parametrizations.{leaf}.0.{p}" for p in ("a", "b")]
-        for name, p in self.model.named_parameters():
-            if name in chosen:
-                p.requires_grad_(True)
-        return chosen
-
     def merge_lora(self) -> None:
         """Folds low-rank updates into the weights: afterwards the model is a plain open_clip model again."""
-        for module in list(self.model.modules()):
-            for leaf in list(getattr(module, "parametrizations", {})):
-                parametrize.remove_parametrizations(module, leaf, leave_parametrized=True)
+        lora.merge(self.model)
 
     @torch.no_grad()
     def map_outputs(self, image: Tensor, text: Tensor) -> None:
@@ -363,73 +368,43 @@ class TwoTower(nn.Module):
         Raises:
             RecipeError: a tower that doesn't end in a projection.
         """
-        visual, words = self.model.visual, self._text
-        out = []
-        for tower, places in (
-            (
-                "image",
-                [
-                    (visual, "proj"),
-                    (getattr(visual, "head", None), None),
-                    (getattr(visual, "attnpool", None), "c_proj"),
-                ],
+        visual = self.model.visual
+        places = {
+            "image": (
+                projections.Place(visual, "proj"),
+                self._image_head,
+                projections.Place(getattr(visual, "attnpool", None), "c_proj"),
             ),
-            ("text", [(words, "text_projection"), (getattr(words, "proj", None), None), (words, "proj")]),
-        ):
-            projection = next(
-                (p for p in (_last_projection(m, leaf, self.dim) for m, leaf in places) if p is not None),
-                None,
-            )
+            "text": (self._text_head,),
+        }
+        out = []
+        for tower, candidates in places.items():
+            maps = (projections.last_linear(place, self.dim) for place in candidates)
+            projection = next((p for p in maps if p is not None), None)
             if projection is None:
                 raise RecipeError(
                     "index and hubness",
                     f"the {tower} tower of {self.name} doesn't end in a projection",
                     "one that does",
+                    "a recipe without them, like dclip",
                 )
             out.append(projection)
         return out
 
     def weights(self) -> dict[str, Tensor]:
         """The plain open_clip state dict as it stands, low-rank updates merged; copies, on the CPU."""
-        out = {}
-        for key, value in self.model.state_dict().items():
-            if (
-                "parametrizations." in key
-            ):  # X.parametrizations.weight.original (and .0.a, .0.b) -> the merged X.weight
-                path, _, rest = key.rpartition("parametrizations.")
-                leaf, _, part = rest.partition(".")
-                if part != "original":
-                    continue
-                key, value = path + leaf, getattr(self.model.get_submodule(path.rstrip(".")), leaf)
-            out[key] = value.detach().cpu().clone()
-        return out
+        return lora.merged_state(self.model)
 
     def load_weights(self, state: dict[str, Tensor]) -> None:
         self.model.load_state_dict(state)
 
 
-def _last_projection(module: nn.Module | None, leaf: str | None, dim: int) -> nn.Linear | Tensor | None:
-    """The linear map that a module (or its `leaf`) ends in, when it gives `dim` numbers."""
-    at = getattr(module, leaf, None) if leaf and module is not None else module
-    if isinstance(at, nn.Module):
-        linear = [m for m in at.modules() if isinstance(m, nn.Linear)]
-        return linear[-1] if linear and linear[-1].out_features == dim else None
-    return at if isinstance(at, Tensor) and at.ndim == 2 and at.shape[1] == dim else None
-
-
-class _LowRank(nn.Module):
-    """W -> W + (alpha / r) B A; B starts at zero, so nothing changes before the first step."""
-
-    def __init__(self, weight: Tensor, rank: int, alpha: float) -> None:
-        super().__init__()
-        rows, columns = weight.shape[0], weight[0].numel()
-        r = min(rank, rows, columns)
-        self.a = nn.Parameter(torch.randn(r, columns) / columns**0.5)
-        self.b = nn.Parameter(torch.zeros(rows, r))
-        self.scale = alpha / r
-
-    def forward(self, weight: Tensor) -> Tensor:
-        return weight + self.scale * (self.b @ self.a).view_as(weight)
+def special_ids(tokenizer: Any) -> set[int]:
+    """The ids that are no words: begin, end, padding."""
+    inner = getattr(tokenizer, "tokenizer", None)
+    if inner is not None:  # Hugging Face's
+        return {0, *inner.all_special_ids} if tokenizer.strip_sep_token else set(inner.all_special_ids)
+    return {0, tokenizer.sot_token_id, tokenizer.eot_token_id}
 
 
 def _is_image(name: str) -> bool:

@@ -29,7 +29,7 @@ from dclip_qdrant.tables.stages import Stage, digest
 from dclip_qdrant.training import hubness
 from dclip_qdrant.training.models import inherit, two_tower
 from dclip_qdrant.training.models.model_folder import write_model
-from dclip_qdrant.training.models.trial import try_recipe, try_towers
+from dclip_qdrant.training.models.trial import check_size, try_recipe, try_towers
 from dclip_qdrant.training.models.two_tower import TwoTower
 from dclip_qdrant.training.runs import Run
 from dclip_qdrant.training.student_task import Weighted, reads_regions
@@ -155,6 +155,8 @@ class Experiment:
         student = self.student if is_other else self.base
         for model in {id(m): m for m in (self.base, student)}.values():
             try_towers(model)
+        if self.request.recipe.student.inherit is None:  # a cut is smaller than what it is cut from
+            check_size(student)
         if self.request.teach is not None:
             teach = self.request.teach
             objectives = Weighted(teach.objectives, self.base.dim, self.base.dim)

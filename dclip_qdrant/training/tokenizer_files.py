@@ -32,6 +32,7 @@ def write_tokenizer(model: "TwoTower", folder: Path) -> dict[str, Any]:
         StudentError: a tokenizer that has no fast form.
     """
     tokenizer = model.tokenizer
+    names: dict[str, Any] = {"tokenizer_class": "CLIPTokenizer"}
     if isinstance(tokenizer, SimpleTokenizer):
         _clip_bpe(tokenizer).save(str(folder / "tokenizer.json"))
         pad_id, pad = 0, "!"
@@ -42,14 +43,11 @@ def write_tokenizer(model: "TwoTower", folder: Path) -> dict[str, Any]:
             _blank_separator(facts, inner.sep_token, inner.sep_token_id)
         storage.write_text(folder / "tokenizer.json", json.dumps(facts, ensure_ascii=False))
         pad_id, pad = inner.pad_token_id or 0, inner.pad_token
+        names = {**inner.special_tokens_map, "tokenizer_class": "PreTrainedTokenizerFast"}
     else:
         came = f"a tokenizer of type {type(tokenizer).__name__}"
         raise StudentError(model.name, came, "open_clip's SimpleTokenizer or a fast Hugging Face tokenizer")
-    config = {
-        "model_max_length": model.context_length,
-        "pad_token": pad,
-        "tokenizer_class": "CLIPTokenizer",
-    }
+    config = {**names, "model_max_length": model.context_length, "pad_token": pad}
     storage.write_json(folder / "tokenizer_config.json", config)
     clean = _cleaning(model)
     return {"clean": clean, "pad_id": pad_id, "pad_to_full": not model.dynamic_text}

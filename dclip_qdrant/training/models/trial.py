@@ -7,6 +7,8 @@ from dclip_qdrant.errors import UsageError
 from dclip_qdrant.recipe import Recipe
 from dclip_qdrant.training.models.two_tower import TwoTower
 
+ONNX_BYTES = (2 << 30) - (16 << 20)  # a protobuf's limit, less the graph
+
 
 @torch.no_grad()
 def try_recipe(recipe: Recipe, reads: set[str], base: TwoTower, student: TwoTower) -> None:
@@ -52,3 +54,18 @@ def _picture(model: TwoTower) -> Tensor:
 
 def _text(model: TwoTower) -> Tensor:
     return model.tokens(["a photo of a cat"]).to(next(model.parameters()).device)
+
+
+def check_size(model: TwoTower) -> None:
+    """Each tower fits into an ONNX file, which a student's towers are.
+
+    Raises:
+        UsageError: a tower of 2 GiB or more in float32.
+    """
+    sizes = {"image": 0, "text": 0}
+    for name, p in model.model.named_parameters():
+        sizes["image" if name.startswith("visual.") else "text"] += 4 * p.numel()
+    for tower, size in sizes.items():
+        if size >= ONNX_BYTES:
+            came = f"its {tower} tower has {size / 2**30:.1f} GiB of weights"
+            raise UsageError(model.name, came, "less than 2 GiB in a student", "let it teach a lighter one")

@@ -61,9 +61,13 @@ class TwoTower(nn.Module):
 
     @property
     def context_length(self) -> int:
-        return (
-            self._text.context_length if hasattr(self._text, "context_length") else self.model.context_length
-        )
+        """The longest text in tokens."""
+        text: Any = self._text
+        if isinstance(
+            text, HFTextEncoder
+        ):  # its positions say what it could read, its tokenizer what it was taught
+            return self.tokenizer.context_length
+        return text.context_length if hasattr(text, "context_length") else self.model.context_length
 
     @property
     def logit_scale(self) -> Tensor:
@@ -193,6 +197,9 @@ class TwoTower(nn.Module):
         ids = self.tokenizer(texts, context_length=self.context_length)
         if self.dynamic_text:
             ids = ids[:, : int(self._end(ids).max()) + 1]
+        elif isinstance(self._text, HFTextEncoder):  # reads padding under a mask
+            config: Any = self._text.config
+            ids = ids[:, : max(1, int(ids.ne(config.pad_token_id).sum(1).max()))]
         return ids
 
     def hidden(self, ids: Tensor) -> Tensor:

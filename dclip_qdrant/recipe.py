@@ -163,6 +163,12 @@ class TrainSettings(_Part):
             "phrases drawn beside the captions, as a part of the batch's pictures, for objectives of spans"
         ),
     )
+    picture_share: Weight = Field(
+        default=0.0,
+        description=(
+            "pictures without captions drawn beside the batch, as a part of it, for objectives of pictures"
+        ),
+    )
     views: Positive = Field(
         default=1,
         description=(

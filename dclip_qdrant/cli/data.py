@@ -56,6 +56,11 @@ def _sources(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> 
 )
 @click.option("--seed", default=0, help="Of the split.")
 @click.option(
+    "--captions/--no-captions",
+    default=True,
+    help="Without: pictures alone, for `distill --pictures`: what a teacher says of them is learned from.",
+)
+@click.option(
     "--embed/--reference",
     default=None,
     help=(
@@ -75,6 +80,7 @@ def pairs_command(
     source: str,
     out: str,
     images_root: str | None,
+    captions: bool,
     fractions: tuple[float, float, float],
     split_map: dict[str, str],
     seed: int,
@@ -98,6 +104,7 @@ def pairs_command(
         source,
         out,
         images_root=images_root,
+        captions=captions,
         fractions=fractions,
         split_map=split_map,
         seed=seed,

@@ -131,6 +131,12 @@ def _with_weights(settings: tuple[str, ...], weights: str | None) -> tuple[str, 
     metavar="NAME|FILE",
     help="Recipes to put beside it, at the same trainable set and budget.",
 )
+@click.option(
+    "--pictures",
+    metavar="DIR",
+    help="Pictures without captions to learn from too (pairs made with --no-captions), for recipes that draw "
+    "them, like `pictures`.",
+)
 @click.option("--no-compare", is_flag=True, help="Train the recipe alone.")
 @click.option(
     "--seeds", default="0", callback=number_list, metavar="N,N", help="The first one's student is exported."
@@ -157,6 +163,7 @@ def distill_command(
     settings: tuple[str, ...],
     detector_weights: str | None,
     compare: tuple[str, ...],
+    pictures: str | None,
     no_compare: bool,
     seeds: tuple[int, ...],
     workers: int,
@@ -196,6 +203,7 @@ def distill_command(
         seeds=seeds,
         workers=workers,
         actors=actors,
+        pictures=absolute_or_none(pictures, "pictures"),
         labelled=absolute_or_none(labelled, "labelled"),
         min_retention=min_retention,
         name=name,

@@ -171,7 +171,7 @@ def why(error: BaseException) -> str:
 def _rows_with_costs(recipe: Recipe, runs: list[Run]) -> list[Row]:
     seconds = sum(RunFigures.of_stage(run.stage).seconds for run in runs) / len(runs)
     epochs = recipe.train.epochs
-    passes = round(epochs * (1 + recipe.train.region_share), 2)
+    passes = round(epochs * comparison.passes(recipe), 2)
     rows = comparison.recipe_rows(recipe, runs, both=True)
     return [replace(row, seconds=seconds, epochs=epochs, passes=passes) for row in rows]
 

@@ -14,7 +14,7 @@ from dclip_qdrant.training.figures import Figures, RunFigures, load_ranks
 from dclip_qdrant.training.runs import Run
 
 # of [train]: what a recipe is, not what it costs
-OWN_SETTINGS = ("region_share", "span_share", "views", "crop_scale", "flip", "phases")
+OWN_SETTINGS = ("region_share", "span_share", "picture_share", "views", "crop_scale", "flip", "phases")
 AFTER_WISE_FT = "+wise_ft"
 
 
@@ -85,7 +85,7 @@ def same_budget(recipe: Recipe, main: Recipe) -> Recipe:
         raw[part] = other[part]
     del raw["index"]
     raw["regions"] |= {k: other["regions"][k] for k in ("detector", "options")}
-    share = (1 + main.train.region_share) / (1 + recipe.train.region_share)
+    share = passes(main) / passes(recipe)
     epochs = math.ceil(main.train.epochs * share - 1e-9)
     own = recipe.train.model_dump(mode="json")
     raw["train"] = other["train"] | {k: own[k] for k in OWN_SETTINGS} | {"epochs": epochs}
@@ -99,6 +99,12 @@ def same_budget(recipe: Recipe, main: Recipe) -> Recipe:
             if length
         ]
     return Recipe(**raw)
+
+
+def passes(recipe: Recipe) -> float:
+    """Student forward passes for each captioned picture in an epoch: itself, crops, pictures without
+    captions."""
+    return 1 + recipe.train.region_share + recipe.train.picture_share
 
 
 def base_row(base: Run) -> Row:

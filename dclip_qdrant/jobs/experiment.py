@@ -59,6 +59,7 @@ class Request:
     seeds: tuple[int, ...] = (0,)
     workers: int = 1
     actors: int | None = None
+    pictures: str | None = None  # pairs without captions, which recipes with train.picture_share learn from
     labelled: str | None = None
     min_retention: float = 1.0
     name: str | None = None
@@ -89,6 +90,7 @@ class Prepared:
     teacher_cache: Stage | None = None
     teacher: Stage | None = None
     others: tuple[str, ...] = ()
+    pictures: Stage | None = None  # features of the pictures without captions
 
 
 @dataclass
@@ -138,6 +140,7 @@ class Experiment:
         if twice:
             raise UsageError("`compare`", f"two recipes named {twice!r}", "different names")
         _check_teach(request)
+        _check_pictures(request, recipes)
         labelled = _labelled_fingerprint(request.labelled) if request.labelled else None
         base = two_tower.load(request.base)
         experiment = cls(request, pairs, base, labelled, pick_split(pairs, None), recipes)
@@ -262,8 +265,9 @@ class Experiment:
             from_scratch=request.from_scratch,
         )
         others = tuple(self._other_teacher(recipe, model) for model in recipe.ensemble.models)
+        pictures = self._picture_features(recipe) if recipe.train.picture_share else None
         if recipe.teacher is None:
-            return Prepared(features, others=others)
+            return Prepared(features, others=others, pictures=pictures)
         settings = recipe.teacher.model_dump(mode="json")
         run = Run(
             kind="teacher",
@@ -282,7 +286,7 @@ class Experiment:
             cache.clear()
         train_runs.run_in_order([run], workers=request.workers, storage=self.ray_storage())
         cache_teacher(cache, features, base=request.base, teacher=run.stage.path, actors=request.actors)
-        return Prepared(features, cache, run.stage, others)
+        return Prepared(features, cache, run.stage, others, pictures)
 
     def prepare_beside(self, recipe: Recipe, main: Prepared) -> Prepared:
         """What a rival trains from: the main recipe's features serve it too, where it asks for no teacher or
@@ -290,7 +294,8 @@ class Experiment:
         main_recipe = self.request.recipe
         same_views = recipe.train.views == main_recipe.train.views
         regions_there = wants_regions(main_recipe) or not wants_regions(recipe)
-        if recipe.teacher is None and not recipe.ensemble.models and same_views and regions_there:
+        needs_more = recipe.teacher is not None or recipe.ensemble.models or recipe.train.picture_share
+        if not needs_more and same_views and regions_there:
             return Prepared(main.features)
         return self.prepare(recipe)
 
@@ -329,6 +334,25 @@ class Experiment:
         )
         return str(stage.path)
 
+    def _picture_features(self, recipe: Recipe) -> Stage:
+        """What the teaching model (and the student's trunk, where it rests) sees in pictures without
+        captions."""
+        if self.request.pictures is None:
+            raise ValueError("no pictures without captions")  # _check_pictures has said so
+        logger.info("pictures without captions")
+        image_rests = self.trunks_at_rest[0]
+        request = FeatureRequest(
+            root=self.request.stages,
+            pairs=Pairs.open(self.request.pictures),
+            recipe=recipe.model_copy(update={"teacher": None}),
+            base=self.request.base,
+            base_fingerprint=self.base.fingerprint,
+            student=self.student_name if image_rests else None,
+            student_fingerprint=self.student.fingerprint,
+            seed=self.request.seeds[0],
+        )
+        return extract_features(request, actors=self.request.actors, from_scratch=self.request.from_scratch)
+
     def ray_storage(self) -> str:
         path = storage.as_path(self.request.stages) / "ray"
         path.mkdir(parents=True, exist_ok=True)
@@ -349,6 +373,8 @@ class Experiment:
             "cache": cache.path.name if cache else None,
             "min_retention": self.request.min_retention,
         }
+        if prepared.pictures:
+            inputs["pictures"] = prepared.pictures.path.name
         if prepared.others:
             inputs["others"] = [storage.as_path(other).name for other in prepared.others]
         return Run(
@@ -363,6 +389,8 @@ class Experiment:
             features=str(prepared.features.path),
             teacher=str(cache.path) if cache else None,
             others=prepared.others,
+            pictures=self.request.pictures if prepared.pictures else None,
+            picture_features=str(prepared.pictures.path) if prepared.pictures else None,
             reference=self.reference,
             labelled=self.request.labelled,
             min_retention=self.request.min_retention,
@@ -429,6 +457,24 @@ def _check_teach(request: Request) -> None:
         raise UsageError("`teacher_recipe`", came, "a student that is a model by itself (student.model)")
 
 
+def _check_pictures(request: Request, recipes: tuple[Recipe, ...]) -> None:
+    """Raises UsageError: pictures without captions that no recipe learns from, or a recipe that has none."""
+    if Pairs.open(request.pairs).manifest.get("captions") == 0:
+        came = "pictures without captions"
+        raise UsageError("`pairs`", came, "pictures with captions; those without go into `pictures`")
+    learning = [recipe.name for recipe in recipes if recipe.train.picture_share]
+    if request.pictures is None and learning:
+        expected = "`pictures`: made by dclip-qdrant pairs without captions"
+        raise UsageError("`pictures`", f"none, but {learning[0]!r} learns from them", expected)
+    if request.pictures is None:
+        return
+    if not learning:
+        came = f"{recipes[-1].name!r} learns nothing from them"
+        raise UsageError("`pictures`", came, "a recipe with train.picture_share above 0, like `pictures`")
+    if not Pairs.open(request.pictures).splits().get("train"):
+        raise UsageError("`pictures`", "no pictures for training", "pictures of the split train")
+
+
 def starting_from(recipe: Recipe, model: str) -> Recipe:
     """The recipe with its student started from this model."""
     return recipe.model_copy(update={"student": recipe.student.model_copy(update={"model": model})})
@@ -443,7 +489,7 @@ def base_run(student: Run) -> Run:
     """The `Run` that measures what a student's run is held against: the model that it starts from, or the one
     that it was cut from."""
     inputs = {k: student.inputs[k] for k in ("pairs", "student", "labelled", "split", "features")}
-    return replace(student, kind="base", inputs=inputs, teacher=None, others=())
+    return replace(student, kind="base", inputs=inputs, teacher=None, others=(), pictures=None)
 
 
 def teacher_model_run(student: Run) -> Run:

@@ -30,11 +30,13 @@ TELLING_TEST = 300  # one point of R@1 on 1,000 pictures is about one standard e
 class BuildOptions:
     """How pairs are made.
 
-    `embed`: pictures inside the Parquet files; None: only where the source has no file for each (tar,
+    `captions`: False takes pictures alone, all for training: what a teacher says of them is distilled without
+    a word. `embed`: pictures inside the Parquet files; None: only where the source has no file for each (tar,
     Parquet). `on_leak`: `refuse`, or `drop-train` to reject the train copies of test and val pictures.
     """
 
     images_root: str | None = None
+    captions: bool = True
     fractions: tuple[float, float, float] = (0.8, 0.1, 0.1)
     split_map: dict[str, str] = field(default_factory=dict)
     seed: int = 0
@@ -62,6 +64,7 @@ def build(
     out: str,
     *,
     images_root: str | None = None,
+    captions: bool = True,
     fractions: tuple[float, float, float] = (0.8, 0.1, 0.1),
     split_map: dict[str, str] | None = None,
     seed: int = 0,
@@ -82,12 +85,12 @@ def build(
         InputError: nothing usable in the source.
         UsageError: `out` holds something else, or pairs without `overwrite`.
     """
-    options = BuildOptions(images_root, fractions, split_map or {}, seed, embed, on_leak, threads)
+    options = BuildOptions(images_root, captions, fractions, split_map or {}, seed, embed, on_leak, threads)
     if abs(sum(fractions) - 1) > 1e-6 or min(fractions) < 0:
         expected = "three numbers >= 0 that sum to 1"
         raise UsageError("`fractions`", ",".join(map(str, fractions)), expected)
     storage.check_free(out, storage.PAIRS_FOLDER, overwrite=overwrite)
-    kind, pictures = read_any(source, images_root=images_root)
+    kind, pictures = read_any(source, images_root=images_root, captions=captions)
     with storage.new_folder(out, storage.PAIRS_FOLDER, overwrite=overwrite) as folder:
         ledger = Ledger()
         with PairsWriter(folder) as writer:
@@ -98,11 +101,11 @@ def build(
             first = f", the first: {ledger.rejects[0]['reason']}" if ledger.rejects else ""
             came = f"{ledger.total} rows, none of them usable{first}"
             raise InputError(source, came, "pictures with captions")
-        if ledger.splits["train"] and not ledger.splits["val"]:
+        if captions and ledger.splits["train"] and not ledger.splits["val"]:
             _carve_val(files, options, ledger)
         _settle_leaks(source, files, options, ledger)
         test = ledger.splits["test"]
-        if test < TELLING_TEST:
+        if captions and test < TELLING_TEST:
             there = f"only {test} test pictures" if test else "no test pictures"
             logger.warning(
                 "%s: a student's gain is usually smaller than what they can tell; give %d or more",
@@ -132,7 +135,7 @@ def _judged(
     for picture, verdict in _judge_all(pictures, options):
         ledger.total += 1
         progress(ledger.total)
-        if isinstance(verdict, dict):
+        if isinstance(verdict, dict) and options.captions:
             ledger.rejects += _captions_left_out(picture)
         if isinstance(verdict, dict) and verdict["key"] in ledger.first_uri:
             came = f"a second picture named {picture.key!r} (first: {ledger.first_uri[picture.key]})"
@@ -166,14 +169,14 @@ def _judge(picture: SourcePicture, options: BuildOptions) -> dict[str, Any] | Dc
     if picture.error is not None:
         return picture.error
     try:
-        captions = [" ".join(c.split()) for c in picture.captions if c.strip()]
-        if not captions:
+        captions = [" ".join(c.split()) for c in picture.captions if c.strip()] if options.captions else []
+        if options.captions and not captions:
             came = "an empty caption" if picture.captions else "no caption"
             raise InputError(picture.uri, came, "at least one caption that is not empty")
         if picture.image is None and picture.uri.startswith(("http://", "https://")):
             do = "dclip-qdrant fetch gets pictures by their addresses, then make pairs of its folder"
             raise InputError(picture.uri, "an address on the web, which is never fetched here", "a file", do)
-        split = _own_split(picture, options.split_map)
+        split = _own_split(picture, options.split_map) if options.captions else "train"
         data = picture.image if picture.image is not None else images.read(picture.uri)
         image = images.open_rgb(data, picture.uri)
     except (InputError, ImageError) as e:

@@ -89,7 +89,7 @@ PAIRS = Contract(
         "image": (pa.binary(), "the encoded picture, or null"),
         "width": (pa.int32(), "pixels, upright"),
         "height": (pa.int32(), "pixels, upright"),
-        "captions": (pa.list_(pa.string()), "one or more"),
+        "captions": (pa.list_(pa.string()), "one or more; none where pictures alone are distilled from"),
         "split": (pa.string(), "train, val or test"),
         "pixel_hash": (pa.string(), "sha256 over size and decoded pixels"),
     },

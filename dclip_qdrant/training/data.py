@@ -39,12 +39,19 @@ class Pictures:
         self.keys: list[str] = table["key"].to_pylist()
         self.uris: list[str] = table["uri"].to_pylist()
         self._mapped = _map_pictures(pairs, split) if pairs.hold_pictures() else None
+        self._rows = list(range(len(self.keys)))  # of the mapped column
+
+    def keep(self, rows: list[int]) -> None:
+        """Leaves out all but these rows."""
+        self.keys = [self.keys[i] for i in rows]
+        self.uris = [self.uris[i] for i in rows]
+        self._rows = [self._rows[i] for i in rows]
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def load(self, i: int) -> Image.Image:
-        value = self._mapped[i].as_py() if self._mapped is not None else None
+        value = self._mapped[self._rows[i]].as_py() if self._mapped is not None else None
         data = value if value is not None else images.read(self.uris[i])
         return images.open_rgb(data, self.uris[i])
 

@@ -19,6 +19,8 @@ class Encoded:
     features of each caption's tokens; the teacher's are the frozen base's. spans [P, D]: phrases drawn from
     all captions (train.span_share); the teacher's are the frozen base's. noise [M, D]: a standard normal draw
     for each caption, which follows from (seed, epoch, picture) as all draws do.
+    pictures [E, D]: pictures without captions (train.picture_share), as the student sees them; the teacher's
+    are its model's own.
     others: what further teachers (the recipe's [ensemble]) say of images and texts, each of its own width.
     """
 
@@ -33,6 +35,7 @@ class Encoded:
     word_mask: Tensor | None = None
     spans: Tensor | None = None
     noise: Tensor | None = None
+    pictures: Tensor | None = None
     others: tuple["Encoded", ...] = ()
 
     def with_vectors(self, image: Tensor, text: Tensor, **more: Tensor | None) -> "Encoded":

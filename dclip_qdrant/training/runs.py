@@ -15,6 +15,7 @@ from torch import Tensor
 from upath import UPath
 
 from dclip_qdrant import metrics
+from dclip_qdrant.errors import InputError
 from dclip_qdrant.pairs import Pairs
 from dclip_qdrant.recipe import Recipe, TeacherSettings
 from dclip_qdrant.tables import storage
@@ -28,7 +29,7 @@ from dclip_qdrant.training.figures import Figures, RunFigures, SweepPoint, save_
 from dclip_qdrant.training.loop import Log, fit
 from dclip_qdrant.training.models import two_tower
 from dclip_qdrant.training.models.region_teacher import RegionTeacher
-from dclip_qdrant.training.student_task import StudentTask, reads_regions
+from dclip_qdrant.training.student_task import StudentTask, Uncaptioned, reads_regions
 from dclip_qdrant.training.teacher_task import TeacherTask, fuse
 
 
@@ -49,6 +50,8 @@ class Run:
     others: tuple[str, ...] = ()  # features of the recipe's further teachers, or "base"
     # the model that retention is measured against; None: the student as it starts
     reference: str | None = None
+    pictures: str | None = None  # pairs without captions
+    picture_features: str | None = None  # of them
     labelled: str | None = None
     min_retention: float = 1.0
     split: str = "test"
@@ -284,6 +287,7 @@ class Worker:
             seed=run.seed,
             same_base=run.student == run.base,
             base=lambda: two_tower.load(run.base),
+            uncaptioned=self._uncaptioned(run, pairs, log) if recipe.train.picture_share else None,
             device=self.device,
         )
         learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -326,6 +330,23 @@ class Worker:
         return Trained(
             recipe, model, start, model.weights(), cached_text, history, seconds, learning, val, checkpoints
         )
+
+    def _uncaptioned(self, run: Run, pairs: Pairs, log: Log) -> Uncaptioned | None:
+        """The pictures without captions, less those that also stand in val or test."""
+        if run.pictures is None or run.picture_features is None:
+            return None
+        pictures = Pictures(Pairs.open(run.pictures), "train")
+        held_out = set(pairs.table(["pixel_hash"], ("val", "test"))["pixel_hash"].to_pylist())
+        hashes = Pairs.open(run.pictures).table(["pixel_hash"], ("train",))["pixel_hash"].to_pylist()
+        pictures.keep([i for i, own in enumerate(hashes) if own not in held_out])
+        left_out = len(hashes) - len(pictures)
+        if self.comm.rank == 0:
+            log(f"{len(pictures):,} pictures without captions, {left_out:,} left out: in val or test")
+        if not len(pictures):
+            came = f"all {len(hashes):,} pictures stand in val or test"
+            raise InputError(run.pictures, came, "other pictures")
+        cache = load_cache(pictures.keys, [0] * len(pictures), UPath(run.picture_features), need=())
+        return Uncaptioned(pictures, cache)
 
     def _sweep(self, run: Run, trained: "Trained") -> list[SweepPoint]:
         """Every alpha of WiSE-FT with every strength against hubs, on validation."""

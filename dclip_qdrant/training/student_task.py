@@ -37,6 +37,7 @@ class StudentBatch:
     fixed: Vectors
     crops: Tensor | None = None  # R crops, as `images`
     spans: Tensor | None = None  # token ids [P, L]
+    pictures: Tensor | None = None  # E pictures without captions, as `images`
 
 
 class Weighted(nn.Module):
@@ -59,6 +60,14 @@ class Weighted(nn.Module):
         values = [term(student, teacher) for term in self.terms]
         total = sum((w * v for w, v in zip(self.weights, values, strict=True)), torch.zeros(()))
         return total, {n: v.item() for n, v in zip(self.names, values, strict=True)}
+
+
+@dataclass(frozen=True)
+class Uncaptioned:
+    """Pictures without captions, and what the teacher's model says of them."""
+
+    pictures: Pictures
+    cache: Cache
 
 
 WIDTH = 1024  # any that no objective's option exceeds: what objectives read doesn't hang on it
@@ -89,6 +98,7 @@ class StudentTask:
         seed: int,
         same_base: bool,
         base: Callable[[], TwoTower] | None = None,
+        uncaptioned: Uncaptioned | None = None,
         device: str = "cpu",
     ) -> None:
         self.model, self.recipe, self.pictures, self.captions, self.cache, self.seed, self.device = (
@@ -118,6 +128,14 @@ class StudentTask:
                 recipe.name,
                 "objectives of regions without any region",
                 "a teacher with regions, or train.region_share = 0",
+            )
+        self.uncaptioned = uncaptioned
+        wants_pictures = bool(recipe.train.picture_share) or "pictures" in self.reads
+        if wants_pictures and not (uncaptioned and recipe.train.picture_share and "pictures" in self.reads):
+            raise RecipeError(
+                recipe.name,
+                "pictures without captions are asked for, but not given, drawn and learned from",
+                "pictures, train.picture_share above 0 and an objective of pictures",
             )
         # a cached trunk has one vector a picture: regions inside of it can't be pooled any more
         self.use_trunk = model.trunk_frozen and cache.trunk.shape[-1] > 0 and "rois" not in self.reads
@@ -220,6 +238,7 @@ class StudentTask:
             images, texts, {k: torch.from_numpy(np.asarray(v, np.float32)) for k, v in fixed.items()}
         )
         self._add_regions(batch, index, epoch)
+        self._add_uncaptioned(batch, index, epoch)
         if "rois" in self.reads:
             self._add_rois(batch, index, view)
         if self.bank:
@@ -233,6 +252,7 @@ class StudentTask:
             {k: v.to(self.device) for k, v in batch.fixed.items()},
             None if batch.crops is None else batch.crops.to(self.device),
             None if batch.spans is None else batch.spans.to(self.device),
+            None if batch.pictures is None else batch.pictures.to(self.device),
         )
 
     def _rng(self, epoch: int, picture: int, stream: int) -> np.random.Generator:
@@ -286,6 +306,29 @@ class StudentTask:
             )
         )
 
+    def _add_uncaptioned(self, batch: StudentBatch, index: np.ndarray, epoch: int) -> None:
+        """Pictures without captions, and the teacher's vectors of the same views."""
+        count = round(len(index) * self.recipe.train.picture_share)
+        if self.uncaptioned is None or count == 0:
+            return
+        cache, pictures = self.uncaptioned.cache, self.uncaptioned.pictures
+        rng = self._rng(epoch, int(index[0]), 4)
+        rows = rng.integers(len(cache.keys), size=count)
+        view = rng.integers(min(self.recipe.train.views, cache.views), size=count)
+        batch.fixed["pictures"] = torch.from_numpy(cache.image[rows, view].astype(np.float32))
+        if self.use_trunk:
+            batch.pictures = torch.from_numpy(cache.trunk[rows, view])
+            return
+
+        def pixels(j: int) -> np.ndarray:
+            shown = apply_view(
+                pictures.load(int(rows[j])), cache.crop[rows[j], view[j]], bool(cache.flip[rows[j], view[j]])
+            )
+            return self.model.preprocess.pixels(shown)
+
+        keys = [("uncaptioned", row, v) for row, v in zip(rows.tolist(), view.tolist(), strict=True)]
+        batch.pictures = torch.from_numpy(self.decoded(keys, pixels))
+
     def _add_rois(self, batch: StudentBatch, index: np.ndarray, view: np.ndarray) -> None:
         """Every region of each picture as the student's input shows it ("boxes" [N, R, 4], parts of the
         input), and what the base made of its crop.
@@ -313,6 +356,7 @@ class StudentTask:
             boxes,
             share(batch.crops),
             share(batch.spans),
+            share(batch.pictures),
         )
 
     def _image(self, images: Tensor) -> Tensor:
@@ -338,6 +382,8 @@ class StudentTask:
             out["image"] = image[: len(part.images)]
             if part.crops is not None:
                 out["regions"] = image[len(part.images) :]
+        if part.pictures is not None:
+            out["pictures"] = self._image(part.pictures) if len(part.pictures) else out["image"][:0]
         with torch.set_grad_enabled(torch.is_grad_enabled() and bool(self.text_names)):
             if "words" in self.reads:
                 out["text"], out["words"], _ = self._words(self.model, part.texts.long())
@@ -373,7 +419,7 @@ class StudentTask:
         n = len(live["image"])
         owner = torch.arange(n, device=live["image"].device).repeat_interleave(len(live["text"]) // n)
         scale = self.model.logit_scale.detach()
-        extra = ("regions", "rois", "spans", "words")
+        extra = ("regions", "rois", "spans", "words", "pictures")
         masks: dict[str, Any] = {k: fixed[k].bool() for k in ("roi_mask", "word_mask") if k in fixed}
         features: dict[str, Any] = {k: live.get(k) for k in extra}
         student = Encoded(

@@ -264,22 +264,29 @@ def test_two_workers_give_what_one_gives(
         assert got[way]["mrr"] == pytest.approx(wanted[way]["mrr"], abs=0.02)
 
 
-def test_a_large_teacher_is_taught_and_teaches_a_light_student(on_head, tiny_base, pairs_folder, tmp_path):
+def test_a_large_teacher_is_taught_and_teaches_a_light_student(
+    on_head, tiny_base, pairs_folder, scenes_folder, tmp_path
+):
     """Each with its own pixels: what the table says of the student and of where it started is what the
     exported folders say of themselves."""
     from model_folders import LIGHT, model_folder
 
+    from dclip_qdrant.pairs.build import build
+
     light = model_folder(tmp_path / "light", LIGHT, 5)
-    out = tmp_path / "out"
+    out, more = tmp_path / "out", tmp_path / "more"
+    build(str(scenes_folder), str(more), captions=False)  # the same scenes: 20 of them are held out
     done = job(
         "distill",
         *("--recipe", "tiny", "--teacher", tiny_base, "--student", light, "--teacher-recipe", "projections"),
         *("--pairs", pairs_folder, "--out", out, "--compare", "sft", "--allow-no-gain"),
+        *("--compare", "pictures", "--pictures", more),
         *("--set", "train.epochs=2", "--set", "train.batch_size=8"),
         env=on_head,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "Verdict: " in done.stdout
+    assert "40 pictures without captions, 20 left out: in val or test" in done.stdout + done.stderr
     table = json.loads((out / "table.json").read_text())
     rows = {row["name"]: row for row in table["rows"]}
     assert list(rows)[:2] == ["teacher's model", "base"]

@@ -12,7 +12,7 @@ from dclip_qdrant.training.distributed import Comm
 from dclip_qdrant.training.loop import fit, gradients
 from dclip_qdrant.training.models import inherit
 from dclip_qdrant.training.models.two_tower import load
-from dclip_qdrant.training.student_task import StudentTask
+from dclip_qdrant.training.student_task import StudentTask, Uncaptioned
 
 N, CAPTIONS = (
     8,
@@ -312,6 +312,7 @@ def test_every_recipe_trains_a_step_and_the_student_changes(tiny_base, cache, tm
         seed=0,
         same_base=not cut,
         base=lambda: load(str(tiny_base)),
+        uncaptioned=Uncaptioned(Fake(), cache) if small.train.picture_share else None,
     )
     before = t.model.weights()
     history = fit(

@@ -11,6 +11,7 @@ import torch
 from conftest import TINY
 from model_folders import LIGHT, model_folder
 
+from dclip_qdrant.errors import RecipeError
 from dclip_qdrant.jobs.features import Featurise
 from dclip_qdrant.pairs import Pairs, load_image
 from dclip_qdrant.recipe import Recipe
@@ -19,7 +20,7 @@ from dclip_qdrant.tables.stages import matrix, nested, write_part
 from dclip_qdrant.training.data import Cache
 from dclip_qdrant.training.evaluate import LabelledSet, encode_texts
 from dclip_qdrant.training.models import two_tower
-from dclip_qdrant.training.student_task import StudentTask
+from dclip_qdrant.training.student_task import StudentTask, Uncaptioned
 
 
 @pytest.fixture(scope="module")
@@ -170,3 +171,45 @@ def test_a_labelled_set_keeps_no_other_models_trunk(tiny_base, light, labelled_f
     assert student.trunk_frozen
     assert student.trunk_mark() != before
     assert labelled.right(student).tolist() == LabelledSet(str(labelled_folder)).right(student).tolist()
+
+
+def test_pictures_without_captions_are_drawn_and_learned_from(tiny_base, light):
+    student = two_tower.load(light)
+    width = student.trunk(torch.zeros(1, 3, 48, 48)).shape[1]
+    rng = np.random.default_rng(0)
+
+    def cache(count, texts):
+        return Cache(
+            keys=[str(i) for i in range(count)],
+            crop=np.tile(np.array([0, 0, 1, 1], np.float32), (count, 1, 1)),
+            flip=np.zeros((count, 1), bool),
+            trunk=rng.normal(size=(count, 1, width)).astype(np.float16),
+            image=rng.normal(size=(count, 1, 32)).astype(np.float16),
+            texts=rng.normal(size=(texts, 32)).astype(np.float16) if texts else None,
+            first=np.arange(count + 1) if texts else np.zeros(count + 1, np.int64),
+        )
+
+    captions, more = [["a"], ["b c"], ["d"], ["e"]], cache(7, 0)
+    settings = ["train.captions=1", "train.picture_share=0.5", 'student.train="proj"']
+    recipe = Recipe.load("pictures", settings)
+    uncaptioned = Uncaptioned(None, more)
+    task = StudentTask(
+        student, recipe, None, captions, cache(4, 4), seed=3, same_base=False, uncaptioned=uncaptioned
+    )
+    batch = task.batch(np.arange(4), 1)
+    assert batch.pictures.shape == (2, width)
+    again = task.batch(np.arange(4), 1)
+    torch.testing.assert_close(batch.pictures, again.pictures)  # follows from (seed, epoch, picture)
+    for shown, said in zip(batch.pictures.numpy(), batch.fixed["pictures"].numpy(), strict=True):
+        row = int(np.flatnonzero((more.trunk[:, 0] == shown).all(1))[0])
+        np.testing.assert_array_equal(more.image[row, 0].astype(np.float32), said)
+    live, fixed = task.encode(batch), task.fixed(batch)
+    loss, terms = task.loss(live, fixed)
+    assert np.isfinite(loss.item())
+    # KL(softmax(teacher / 0.05) || softmax(student / 0.05)) by hand
+    unit = lambda x: x / x.norm(dim=1, keepdim=True)
+    p = (unit(fixed["pictures"]) @ unit(fixed["text"]).T / 0.05).softmax(1)
+    q = (unit(live["pictures"]) @ unit(live["text"]).T / 0.05).softmax(1)
+    assert terms["soft_targets.pictures"] == pytest.approx((p * (p / q).log()).sum(1).mean().item(), abs=1e-4)
+    with pytest.raises(RecipeError, match="pictures without captions are asked for"):
+        StudentTask(student, recipe, None, captions, cache(4, 4), seed=3, same_base=False)

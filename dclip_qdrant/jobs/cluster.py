@@ -41,6 +41,8 @@ SLEEP_SOON = {"GOMP_SPINCOUNT": "10000"}
 CPU_SETTINGS = KEEP_MEMORY | SLEEP_SOON
 READ_COLUMNS = ["key", "uri", "image", "width", "height", "captions", "split"]
 STARTS = 3  # of a private cluster
+# Ray Data's own account of what it does; Ray configures the logger `ray.data` itself anew
+QUIET = {"ray.data._internal": logging.WARNING, "ray.data._internal.progress": logging.ERROR}
 LOG_EVERY = 10.0  # seconds between lines of progress
 
 
@@ -182,6 +184,8 @@ def quiet_data_context() -> Any:
     """Ray Data's context without progress bars; our own lines say how far it is."""
     import ray
 
+    for name, level in QUIET.items():
+        logging.getLogger(name).setLevel(level)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.issue_detectors_config.detectors = []  # they complain of models that take their time

@@ -70,7 +70,7 @@ def run_in_order(runs: Sequence[Run], *, workers: int, storage: str) -> dict[str
     waiting = not_done(runs)
     if not waiting:
         return {}
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
     use_gpu = gpus() > 0
@@ -88,6 +88,7 @@ def run_in_order(runs: Sequence[Run], *, workers: int, storage: str) -> dict[str
             name=name,
             storage_path=storage,
             failure_config=FailureConfig(max_failures=3),
+            logging_config=LoggingConfig(log_level="WARNING"),  # our own lines say how far it is
         ),
     )
     try:

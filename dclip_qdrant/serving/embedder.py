@@ -1,7 +1,7 @@
 """Items -> points: decode, find regions, embed. The same for the command line, Ray, reindexing and guests."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
 
@@ -30,7 +30,7 @@ class Embedder:
         student: Student,
         *,
         detector: Detector | None = None,
-        regions: dict[str, Regions] | None = None,
+        regions: Mapping[str, Regions] | None = None,
         top_k: int = TOP_K,
         context: float = CONTEXT,
         threads: int | None = None,

@@ -8,7 +8,7 @@ keys, so that ingesting twice updates. What is there already with the same conte
 skipped without being decoded; a killed run therefore goes on where it was.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -199,7 +199,7 @@ def ingest(
     store: Store,
     *,
     detector: Detector | str | None = None,
-    regions: dict[str, Regions] | str | Path | None = None,
+    regions: Mapping[str, Regions] | str | Path | None = None,
     top_k: int = TOP_K,
     spec: CollectionSpec | str | None = None,
     images_root: str | None = None,

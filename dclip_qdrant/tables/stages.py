@@ -61,13 +61,20 @@ def write_part(folder: UPath, contract: Contract, rows: list[dict[str, Any]]) ->
     return storage.write_bytes(folder / f"part-{name}.parquet", buffer.getvalue())
 
 
-def parts(folder: UPath, contract: Contract, columns: list[str]) -> Iterator[pa.Table]:
-    """The parts of a stage, checked against the contract, one table each, in order of name."""
-    files = sorted(folder.glob("part-*.parquet"), key=str) if folder.exists() else []
-    for file in files:
+def part_files(folder: UPath) -> list[UPath]:
+    """The files of a stage's parts, in order of name."""
+    return sorted(folder.glob("part-*.parquet"), key=str) if folder.exists() else []
+
+
+def parts(
+    folder: UPath, contract: Contract, columns: list[str], *, check: list[str] | None = None
+) -> Iterator[pa.Table]:
+    """The parts of a stage, one table of `columns` each, in order of name; these columns, or those of
+    `check`, are held against the contract."""
+    for file in part_files(folder):
         with storage.open_for_arrow(file) as f:
             try:
-                contract.check(pq.read_schema(f), file, columns)
+                contract.check(pq.read_schema(f), file, check or columns)
             except pa.ArrowInvalid as e:
                 raise InputError(file, f"not Parquet ({e})", do="remove it and submit again") from e
             f.seek(0)

@@ -1,5 +1,5 @@
-"""Distillation's samples/s over a bare torch step at the same batch, for a student that trains whole: decoding,
-drawing, gathering, objectives and checkpoints are what the difference holds.
+"""Distillation's samples/s over a bare torch step at the same batch, for a student that trains whole:
+decoding, drawing, gathering, objectives and checkpoints are what the difference holds.
 
     python benchmarks/distil.py --pairs PAIRS --base MODEL [--pictures 512] [--batch 64]
 
@@ -96,9 +96,8 @@ def main() -> None:
     for number, (own, plain) in enumerate(rates):
         print(f"round {number + 1}: distil {own:.1f}, bare {plain:.1f} samples/s, ratio {own / plain:.2f}")
     later = rates[1:]  # decoded pictures stay in memory: the first epoch decodes, the later ones don't
-    print(
-        f"first epoch {rates[0, 0] / rates[0, 1]:.2f}, later epochs {np.median(later[:, 0] / later[:, 1]):.2f}"
-    )
+    first, others = rates[0, 0] / rates[0, 1], np.median(later[:, 0] / later[:, 1])
+    print(f"first epoch {first:.2f}, later epochs {others:.2f}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-"""The features stage's pictures/s over the bare frozen forward of the same pixels and texts, and the memory of
-its actor over its model's; one process, no Ray.
+"""The features stage's pictures/s over the bare frozen forward of the same pixels and texts, and the memory
+of its actor over its model's; one process, no Ray.
 
     python benchmarks/features.py --pairs PAIRS --base MODEL [--pictures 512]
 """
@@ -59,12 +59,9 @@ def main() -> None:
             model.encode_text(some)
     plain = table.num_rows / (time.perf_counter() - began)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(
-        f"features {stage:.1f}, bare {plain:.1f} pictures/s (with their captions), ratio {stage / plain:.2f}"
-    )
-    print(
-        f"memory: {resident / 2**20:.0f} MB with the model, {(peak - resident) / 2**20:.0f} MB above it at most"
-    )
+    above = (peak - resident) / 2**20
+    print(f"features {stage:.1f}, bare {plain:.1f} pictures/s with captions, ratio {stage / plain:.2f}")
+    print(f"memory: {resident / 2**20:.0f} MB with the model, at most {above:.0f} MB above it")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from dclip_qdrant import errors
 from dclip_qdrant.errors import DclipError, InputError, UsageError
 from dclip_qdrant.lookup import need
 from dclip_qdrant.pairs import Pairs
+from dclip_qdrant.tables.compact import compact
 from dclip_qdrant.tables.contracts import Contract
 from dclip_qdrant.tables.stages import done_keys
 
@@ -248,6 +249,7 @@ def map_pairs(
     total = sum(pairs.splits().values())
     todo = total - len(have)
     if todo <= 0:
+        compact(out, contract)
         return 0
     if have:
         there = f"{len(have):,} of {total:,} pictures are there already"
@@ -296,6 +298,7 @@ def map_pairs(
         raise InputError(
             name, came, "all of them", "submit it again; if that doesn't help, make the pairs again"
         )
+    compact(out, contract)
     return done
 
 

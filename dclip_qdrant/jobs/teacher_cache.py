@@ -2,10 +2,12 @@
 features."""
 
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray
 import torch
@@ -23,6 +25,7 @@ from dclip_qdrant.jobs.cluster import (
     threads_for,
 )
 from dclip_qdrant.tables import contracts, storage
+from dclip_qdrant.tables.compact import compact
 from dclip_qdrant.tables.stages import Stage, parts, write_part
 from dclip_qdrant.training.models import two_tower
 from dclip_qdrant.training.runs import load_teacher
@@ -32,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 COLUMNS = ["key", "view", "crop", "flip", "split", "captions", "image", "trunk", "regions"]
 FUSED_TOGETHER = 256
+PIECE = 256  # rows that are lists of Python numbers at a time
 Row = dict[str, Any]
 
 
@@ -55,11 +59,12 @@ class TeachFiles:
         return {"done": np.array(counts)}
 
     def write(self, table: pa.Table) -> int:
-        """Rows of one features part -> one part of the teacher's cache; how many views."""
-        rows = [row for row in table.to_pylist() if row["split"] == "train"]
-        if rows:
+        """Rows of one features part -> parts of the teacher's cache; how many views."""
+        table = table.filter(pc.field("split") == "train")
+        for start, stop in pieces(table["view"].to_numpy()):
+            rows = table.slice(start, stop - start).to_pylist()
             write_part(self.out, contracts.TEACHER_CACHE, self._teach(rows))
-        return len(rows)
+        return table.num_rows
 
     def _teach(self, rows: list[Row]) -> list[Row]:
         plain_of = {row["key"]: row for row in rows if row["view"] == 0}
@@ -122,6 +127,18 @@ class TeachFiles:
         return np.concatenate(out)
 
 
+def pieces(views: np.ndarray, size: int = PIECE) -> Iterator[tuple[int, int]]:
+    """Where a part whose rows have these views [N] can be cut: pieces of at least `size` rows, never between
+    the views of a picture, whose plain one (view 0) stands first."""
+    start = 0
+    for begin in np.flatnonzero(views == 0):
+        if begin - start >= size:
+            yield start, int(begin)
+            start = int(begin)
+    if start < len(views):
+        yield start, len(views)
+
+
 def cache_teacher(stage: Stage, features: Stage, *, base: str, teacher: UPath, actors: int | None) -> None:
     """The teacher-cache stage; resumes part by part."""
     if stage.done:
@@ -144,7 +161,7 @@ def cache_teacher(stage: Stage, features: Stage, *, base: str, teacher: UPath, a
         dataset = dataset.map_batches(
             Guarded,
             fn_constructor_args=(TeachFiles, arguments),
-            batch_size=4,
+            batch_size=1,
             num_cpus=1,
             num_gpus=1 if gpus() else None,
             compute=ray.data.ActorPoolStrategy(size=size),
@@ -155,6 +172,7 @@ def cache_teacher(stage: Stage, features: Stage, *, base: str, teacher: UPath, a
         table["split"].to_pylist().count("train")
         for table in parts(features.path, contracts.FEATURES, ["split"])
     )
+    compact(stage.path, contracts.TEACHER_CACHE)
     rows = sum(table.num_rows for table in parts(stage.path, contracts.TEACHER_CACHE, ["key"]))
     if rows != wanted:
         came = f"{rows:,} of {wanted:,} views came out of this stage"

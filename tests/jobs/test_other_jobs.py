@@ -1,10 +1,10 @@
 """The Ray jobs beside distillation, on a head of their own."""
 
 import json
-import re
 import shutil
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 from processes import python
 from ray_jobs_here import ROOT, job
@@ -35,11 +35,11 @@ def test_extract_regions_with_yolo_previews_and_resumes(on_head, pairs_folder, t
     stage = Path(facts["stage"])
     assert len(list((stage / "preview").glob("*.jpg"))) == 3
     # half of it lost: only that half is done again
-    parts = sorted(stage.glob("part-*.parquet"))
+    (part,) = stage.glob("part-*.parquet")  # the parts of a stage end as one
     (stage / "manifest.json").unlink()
-    parts[0].unlink()
+    pq.write_table(pq.read_table(part).slice(0, 30), part)
     again = job("extract_regions", *args, env=on_head)
-    assert re.search(r"\d+ of 60 pictures are there already", again.stderr)
+    assert "30 of 60 pictures are there already" in again.stderr
     assert json.loads(again.stdout.splitlines()[-1])["boxes"] == facts["boxes"]
 
 

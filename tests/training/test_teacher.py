@@ -275,3 +275,13 @@ def test_phrases():
 
     assert phrases("a dog on the red sofa, asleep") == ["a dog", "red sofa", "asleep"]
     assert phrases("and with of") == ["and with of"]
+
+
+def test_a_part_is_cut_between_pictures_only():
+    from dclip_qdrant.jobs.teacher_cache import pieces
+
+    views = np.array([0, 1, 2, 0, 1, 2, 0, 0, 1])
+    assert list(pieces(views, 2)) == [(0, 3), (3, 6), (6, 9)]
+    assert list(pieces(views, 4)) == [(0, 6), (6, 9)]
+    assert list(pieces(views, 100)) == [(0, 9)]
+    assert list(pieces(np.zeros(0, np.int64), 2)) == []

@@ -18,6 +18,9 @@ from dclip_qdrant.training.runs import Run, Worker
 
 logger = logging.getLogger(__name__)
 
+# a rank that waits while the first one measures a large test split is not lost; Ray's default is half an hour
+GIVE_UP_S = 6 * 3600
+
 
 def _work(config: dict[str, Any]) -> None:
     """One worker: every run in order."""
@@ -71,7 +74,7 @@ def run_in_order(runs: Sequence[Run], *, workers: int, storage: str) -> dict[str
     if not waiting:
         return {}
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
+    from ray.train.torch import TorchConfig, TorchTrainer
 
     use_gpu = gpus() > 0
     most, unit = (gpus(), "GPUs") if use_gpu else (cpus(), "CPUs")
@@ -84,6 +87,7 @@ def run_in_order(runs: Sequence[Run], *, workers: int, storage: str) -> dict[str
         _work,
         train_loop_config={"runs": [run.as_dict() for run in waiting], "complaint": str(complaint)},
         scaling_config=ScalingConfig(num_workers=workers, use_gpu=use_gpu, resources_per_worker=resources),
+        torch_config=TorchConfig(timeout_s=GIVE_UP_S),
         run_config=RunConfig(
             name=name,
             storage_path=storage,

@@ -7,12 +7,16 @@ per-rank losses is not. Parameters inside objectives see the whole batch on ever
 already.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,15 @@ class Comm:
         flat *= factor
         for p, piece in zip(params, flat.split([g.numel() for g in grads]), strict=True):
             p.grad = piece.view_as(p)
+
+    def spread(self, items: Sequence[T], do: Callable[[T], R]) -> list[R]:
+        """`do` of every item, in order: each rank does its own share, all get all answers."""
+        own = [do(item) for item in items[self.rank :: self.world]]
+        if self.world == 1:
+            return own
+        shares: list[list[R]] = [[] for _ in range(self.world)]
+        dist.all_gather_object(shares, own)
+        return [shares[i % self.world][i // self.world] for i in range(len(items))]
 
     def barrier(self) -> None:
         if self.world > 1:

@@ -232,9 +232,9 @@ class Worker:
 
     def _student(self, run: Run, log: Log) -> None:
         trained = self._train_student(run, log)
+        sweep = self._sweep(run, trained)
         if self.comm.rank:
             return
-        sweep = self._sweep(run, trained)
         best = choose_alpha(sweep, run.min_retention)
         as_trained = None
         if best.alpha != 1.0:
@@ -297,7 +297,7 @@ class Worker:
             ]
             frozen = f", trunks that are frozen and cached: {', '.join(resting)}" if resting else ""
             log(f"{learning:,} parameters learn{frozen}")
-        val = self._eval_set(run, "val") if self.comm.rank == 0 and pairs.splits().get("val") else None
+        val = self._eval_set(run, "val") if pairs.splits().get("val") else None
 
         def after_epoch(epoch: int) -> dict[str, float]:
             if val is None or not task.use_trunk:
@@ -349,27 +349,28 @@ class Worker:
         return Uncaptioned(pictures, cache)
 
     def _sweep(self, run: Run, trained: "Trained") -> list[SweepPoint]:
-        """Every alpha of WiSE-FT with every strength against hubs, on validation."""
-        labelled = self._labelled(run)
+        """Every alpha of WiSE-FT with every strength against hubs, on validation; each rank has its share."""
+        recipe, labelled = trained.recipe, self._labelled(run)
         if labelled:
             self._right_of_base(run, trained, labelled)  # first: it puts the starting weights into the model
-        sweep = []
-        recipe = trained.recipe
-        for alpha, strength in itertools.product(recipe.keep.wise_ft, recipe.hubness.strengths):
-            text_map = self._place(run, trained, alpha, strength)
-            val = val_mean_r1 = zero_shot = retention = None
-            if trained.val is not None:
-                ranks = trained.val.ranks(trained.model, cached_text=trained.cached_text, text_map=text_map)
-                figures = metrics.retrieval(ranks, bootstrap=0)
-                # R@1 alone is one picture in a hundred of noise on small splits: R@1, 5 and 10 choose
-                # together
-                recalls = [figures[way][f"r@{k}"] for way in ("t2i", "i2t") for k in metrics.KS]
-                val, val_mean_r1 = float(np.mean(recalls)), figures["mean_r@1"]
-            if labelled:
-                own, base = (right[labelled.choosing] for right in self._rights(run, trained, labelled))
-                zero_shot, retention = float(own.mean()), _ratio(own, base)
-            sweep.append(SweepPoint(alpha, strength, val, val_mean_r1, zero_shot, retention))
-        return sweep
+        points = list(itertools.product(recipe.keep.wise_ft, recipe.hubness.strengths))
+        return self.comm.spread(points, lambda point: self._sweep_point(run, trained, labelled, *point))
+
+    def _sweep_point(
+        self, run: Run, trained: "Trained", labelled: LabelledSet | None, alpha: float, strength: float
+    ) -> SweepPoint:
+        text_map = self._place(run, trained, alpha, strength)
+        val = val_mean_r1 = zero_shot = retention = None
+        if trained.val is not None:
+            ranks = trained.val.ranks(trained.model, cached_text=trained.cached_text, text_map=text_map)
+            figures = metrics.retrieval(ranks, bootstrap=0)
+            # R@1 alone is one picture in a hundred of noise on small splits: R@1, 5 and 10 choose together
+            recalls = [figures[way][f"r@{k}"] for way in ("t2i", "i2t") for k in metrics.KS]
+            val, val_mean_r1 = float(np.mean(recalls)), figures["mean_r@1"]
+        if labelled:
+            own, base = (right[labelled.choosing] for right in self._rights(run, trained, labelled))
+            zero_shot, retention = float(own.mean()), _ratio(own, base)
+        return SweepPoint(alpha, strength, val, val_mean_r1, zero_shot, retention)
 
     def _measure(
         self, run: Run, trained: "Trained", alpha: float, strength: float, name: str

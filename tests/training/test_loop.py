@@ -105,6 +105,9 @@ def _worker(rank, world, chunk, port, out):
         comm=comm,
     )
     torch.save(fitted.modules.state_dict(), f"{out}/fit-{rank}.pt")
+    did = []
+    answers = comm.spread(list("abcde"), lambda item: did.append(item) or item.upper())
+    torch.save((answers, did), f"{out}/spread-{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
@@ -134,6 +137,10 @@ def test_two_gloo_workers_give_the_single_process_loss_gradient_and_weights(chun
     for rank in range(2):
         for name, value in torch.load(tmp_path / f"fit-{rank}.pt").items():
             torch.testing.assert_close(value, alone.modules.state_dict()[name], atol=1e-5, rtol=1e-4)
+    # all ranks have every answer, in order, and each did its own share
+    shares = [torch.load(tmp_path / f"spread-{rank}.pt") for rank in range(2)]
+    assert [answers for answers, _ in shares] == [list("ABCDE")] * 2
+    assert [did for _, did in shares] == [list("ace"), list("bd")]
 
 
 class Killed(Exception):

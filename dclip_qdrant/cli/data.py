@@ -56,9 +56,9 @@ def _sources(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> 
 )
 @click.option("--seed", default=0, help="Of the split.")
 @click.option(
-    "--captions/--no-captions",
-    default=True,
-    help="Without: pictures alone, for `distill --pictures`: what a teacher says of them is learned from.",
+    "--pictures-only",
+    is_flag=True,
+    help="Without captions, for `distill --pictures`: what a teacher says of them is learned from.",
 )
 @click.option(
     "--embed/--reference",
@@ -80,7 +80,7 @@ def pairs_command(
     source: str,
     out: str,
     images_root: str | None,
-    captions: bool,
+    pictures_only: bool,
     fractions: tuple[float, float, float],
     split_map: dict[str, str],
     seed: int,
@@ -104,7 +104,7 @@ def pairs_command(
         source,
         out,
         images_root=images_root,
-        captions=captions,
+        captions=not pictures_only,
         fractions=fractions,
         split_map=split_map,
         seed=seed,

@@ -134,8 +134,8 @@ def _with_weights(settings: tuple[str, ...], weights: str | None) -> tuple[str, 
 @click.option(
     "--pictures",
     metavar="DIR",
-    help="Pictures without captions to learn from too (pairs made with --no-captions), for recipes that draw "
-    "them, like `pictures`.",
+    help="Pictures without captions to learn from too (pairs made with --pictures-only), for recipes that "
+    "draw them, like `pictures`.",
 )
 @click.option("--no-compare", is_flag=True, help="Train the recipe alone.")
 @click.option(
@@ -188,7 +188,7 @@ def distill_command(
     """
     from dclip_qdrant.jobs.cluster import absolute, absolute_or_none
     from dclip_qdrant.jobs.distill import check_gain, check_retention, distill
-    from dclip_qdrant.jobs.experiment import Request
+    from dclip_qdrant.jobs.request import Request
     from dclip_qdrant.recipe import Recipe
 
     rivals = () if no_compare else tuple(rival for rival in compare if rival != recipe)
@@ -441,7 +441,8 @@ def finetune_teacher_command(
     """Fine-tunes the region teacher of a recipe on Ray Train (regions and features first, where they are
     missing). With the same --out, distill reuses it."""
     from dclip_qdrant.jobs.cluster import absolute, connect
-    from dclip_qdrant.jobs.experiment import Experiment, Request
+    from dclip_qdrant.jobs.experiment import Experiment
+    from dclip_qdrant.jobs.request import Request
     from dclip_qdrant.recipe import Recipe
 
     teaches, starts = _models(base, teacher, student)

@@ -11,8 +11,9 @@ from typing import Any
 from dclip_qdrant.errors import RecipeError
 from dclip_qdrant.jobs import cluster, comparison
 from dclip_qdrant.jobs.comparison import AFTER_WISE_FT, Difference, Row
-from dclip_qdrant.jobs.experiment import Experiment, Outcome, Request
+from dclip_qdrant.jobs.experiment import Experiment, Outcome
 from dclip_qdrant.jobs.export import export
+from dclip_qdrant.jobs.request import Request
 from dclip_qdrant.jobs.suite import Group, Suite
 from dclip_qdrant.jobs.train_runs import not_done
 from dclip_qdrant.pairs.leak import leak
@@ -132,6 +133,7 @@ def _run_group(group: Group, experiment: Experiment, parallel: int | None) -> Gr
         logger.warning("%s: failed before training, %s", recipe.name, reason)
         return reason
 
+    size = _student_size(experiment)  # first: what can't be exported is said before any training
     outcome = experiment.run(
         lambda runs: run_side_by_side(runs, parallel=parallel), tolerate=failed_before_training
     )
@@ -155,7 +157,7 @@ def _run_group(group: Group, experiment: Experiment, parallel: int | None) -> Gr
         differences=_differences(group.rival, recipes, done, outcome),
         failures=outcome.failures,
         sweeps=sweeps,
-        size=_student_size(experiment),
+        size=size,
     )
 
 

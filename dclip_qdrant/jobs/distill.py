@@ -11,8 +11,9 @@ from upath import UPath
 from dclip_qdrant.errors import GateError
 from dclip_qdrant.jobs import cluster, train_runs
 from dclip_qdrant.jobs.comparison import Difference, Row, base_row, differences, markdown_table, recipe_rows
-from dclip_qdrant.jobs.experiment import Experiment, Outcome, Request
+from dclip_qdrant.jobs.experiment import Experiment, Outcome
 from dclip_qdrant.jobs.export import export
+from dclip_qdrant.jobs.request import Request
 from dclip_qdrant.jobs.verdict import Verdict, judge
 from dclip_qdrant.serving.student import Student
 from dclip_qdrant.tables import storage
@@ -65,6 +66,8 @@ def distill(request: Request) -> Distilled:
         UsageError: something in the request can't be meant (said before any work).
     """
     experiment = Experiment.open(request)
+    # first: whatever can't be exported is said before the first minute of work, not after the last
+    _export_base(experiment)
     cluster.connect()
     experiment = experiment.taught()
     if experiment.split != "test":
@@ -125,21 +128,33 @@ def _result(experiment: Experiment, outcome: Outcome) -> Distilled:
     )
 
 
+def _export_base(experiment: Experiment) -> None:
+    """The model that the student starts from in the same form as the student (for before-and-after, and for
+    retention on other pictures).
+
+    Raises:
+        ParityError, StudentError: towers or a tokenizer that can't be exported; the student's are the same.
+    """
+    folder = storage.as_path(experiment.request.out) / "base"
+    if (folder / "manifest.json").exists() and not experiment.request.from_scratch:
+        return
+    # what marks `out` as ours, so that a run that is killed from here on is gone on with
+    storage.as_path(experiment.request.stages).mkdir(parents=True, exist_ok=True)
+    export(
+        two_tower.load(experiment.reference or experiment.student_name),
+        folder,
+        name="base",
+        metrics={},
+        recipe={"name": "base"},
+        card="The model that the student started from, unchanged.\n",
+    )
+
+
 def _export(experiment: Experiment, chosen: Run, rows: list[Row]) -> UPath:
-    """The student folder, and the base beside it in the same form (for before-and-after, and for retention on
-    other pictures)."""
+    """The student folder."""
     request = experiment.request
     out = storage.as_path(request.out)
     base_folder, student_folder = out / "base", out / "student"
-    if not (base_folder / "manifest.json").exists() or request.from_scratch:
-        export(
-            two_tower.load(experiment.reference or experiment.student_name),
-            base_folder,
-            name="base",
-            metrics={},
-            recipe={"name": "base"},
-            card="The model that the student started from, unchanged.\n",
-        )
     mark = student_folder / RUN_FILE
     if mark.exists() and mark.read_text() == chosen.stage.path.name and not request.from_scratch:
         logger.info("export: reused")

@@ -18,10 +18,16 @@ from dclip_qdrant.jobs import train_runs
 from dclip_qdrant.jobs.comparison import same_budget
 from dclip_qdrant.jobs.extract_regions import extract_regions
 from dclip_qdrant.jobs.features import FeatureRequest, extract_features
+from dclip_qdrant.jobs.request import (
+    Request,
+    check_out,
+    check_pictures,
+    check_teach,
+    labelled_fingerprint,
+)
 from dclip_qdrant.jobs.teacher_cache import cache_teacher
 from dclip_qdrant.lookup import need
 from dclip_qdrant.pairs import Pairs
-from dclip_qdrant.pairs.labelled import Labelled
 from dclip_qdrant.pairs.splits import pick_split
 from dclip_qdrant.recipe import Recipe
 from dclip_qdrant.tables import storage
@@ -40,35 +46,6 @@ NEEDED = ("torch", "open_clip", "ray", "onnx", "onnxscript", "safetensors")
 WORDING = ("about", "when")  # of a recipe: another wording is not another run
 
 Runner = Callable[[list[Run]], dict[str, str]]  # does runs; why each that failed did, by label
-
-
-@dataclass(frozen=True)
-class Request:
-    """What was asked for. Paths are absolute or URIs (`cluster.absolute`).
-
-    base: the model that teaches, and that the student starts from where the recipe names no other
-    (`student.model`). teach: the recipe that fine-tunes the teaching model on the pairs first, if any.
-    """
-
-    pairs: str
-    base: str
-    out: str
-    recipe: Recipe
-    compare: tuple[Recipe, ...] = ()
-    teach: Recipe | None = None
-    seeds: tuple[int, ...] = (0,)
-    workers: int = 1
-    actors: int | None = None
-    pictures: str | None = None  # pairs without captions, which recipes with train.picture_share learn from
-    labelled: str | None = None
-    min_retention: float = 1.0
-    name: str | None = None
-    from_scratch: bool = False
-
-    @property
-    def stages(self) -> str:
-        """Where stage folders go; the student and the table stand beside them."""
-        return str(storage.as_path(self.out) / "stages")
 
 
 @dataclass(frozen=True)
@@ -125,7 +102,7 @@ class Experiment:
         """
         for package in NEEDED:
             need(package, "distill")
-        _check_out(request.out)
+        check_out(request.out)
         pairs = Pairs.open(request.pairs)
         have = pairs.splits()
         if not have.get("train"):
@@ -139,9 +116,9 @@ class Experiment:
         twice = next((n for n in names if names.count(n) > 1), None)
         if twice:
             raise UsageError("`compare`", f"two recipes named {twice!r}", "different names")
-        _check_teach(request)
-        _check_pictures(request, recipes)
-        labelled = _labelled_fingerprint(request.labelled) if request.labelled else None
+        check_teach(request)
+        check_pictures(request, recipes)
+        labelled = labelled_fingerprint(request.labelled) if request.labelled else None
         base = two_tower.load(request.base)
         experiment = cls(request, pairs, base, labelled, pick_split(pairs, None), recipes)
         experiment._check_recipes()
@@ -427,52 +404,6 @@ class Experiment:
                 run.stage.clear()
         failures |= runner(every)
         return Outcome(base, teacher_model, runs, main, failures)
-
-
-def _check_out(out: str) -> None:
-    """Raises UsageError: a folder with other things in it; a run writes tables and reports by fixed names."""
-    folder = storage.as_path(out)
-    if not storage.is_empty(folder) and not (folder / "stages").exists():
-        came = f"{out} holds other things than an earlier run"
-        raise UsageError("`out`", came, "a new or empty folder, or that of an earlier run")
-
-
-def _labelled_fingerprint(path: str) -> str:
-    """Raises InputError: labelled pictures that can't be read, or are too few to be halved."""
-    labelled = Labelled.open(path)
-    labelled.halves()
-    return labelled.fingerprint
-
-
-def _check_teach(request: Request) -> None:
-    """Raises UsageError: a recipe for the teaching model that starts from another, or a student that is cut
-    from a model that is only to be made."""
-    if request.teach is None:
-        return
-    if request.teach.student.model or request.teach.student.inherit:
-        came = f"{request.teach.name!r} starts from a model of its own"
-        raise UsageError("`teacher_recipe`", came, "a recipe without student.model and student.inherit")
-    if request.recipe.student.inherit:
-        came = f"{request.recipe.name!r} cuts its student from the base"
-        raise UsageError("`teacher_recipe`", came, "a student that is a model by itself (student.model)")
-
-
-def _check_pictures(request: Request, recipes: tuple[Recipe, ...]) -> None:
-    """Raises UsageError: pictures without captions that no recipe learns from, or a recipe that has none."""
-    if Pairs.open(request.pairs).manifest.get("captions") == 0:
-        came = "pictures without captions"
-        raise UsageError("`pairs`", came, "pictures with captions; those without go into `pictures`")
-    learning = [recipe.name for recipe in recipes if recipe.train.picture_share]
-    if request.pictures is None and learning:
-        expected = "`pictures`: made by dclip-qdrant pairs without captions"
-        raise UsageError("`pictures`", f"none, but {learning[0]!r} learns from them", expected)
-    if request.pictures is None:
-        return
-    if not learning:
-        came = f"{recipes[-1].name!r} learns nothing from them"
-        raise UsageError("`pictures`", came, "a recipe with train.picture_share above 0, like `pictures`")
-    if not Pairs.open(request.pictures).splits().get("train"):
-        raise UsageError("`pictures`", "no pictures for training", "pictures of the split train")
 
 
 def starting_from(recipe: Recipe, model: str) -> Recipe:

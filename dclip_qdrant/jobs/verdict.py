@@ -17,7 +17,7 @@ class Verdict:
 
     against_base: Word
     against_plain: Word | None
-    lines: list[str]
+    sentences: list[str]  # against the base, then against plain fine-tuning
     next: str  # what to do
 
     @property
@@ -28,7 +28,9 @@ class Verdict:
         return asdict(self) | {"success": self.is_success}
 
     def text(self) -> str:
-        return "\n".join([*self.lines, f"Next: {self.next}"])
+        first, *others = self.sentences
+        lines = [f"Verdict: {first}", *(f"         {sentence}" for sentence in others)]
+        return "\n".join([*lines, f"Next: {self.next}"])
 
 
 def judge(recipe: str, differences: list[Difference], *, split: str) -> Verdict:
@@ -38,13 +40,13 @@ def judge(recipe: str, differences: list[Difference], *, split: str) -> Verdict:
     plain = by_rival.get(RIVAL + AFTER_WISE_FT) or by_rival.get(RIVAL)
     against_base = WORDS[base.verdict]
     against_plain = WORDS[plain.verdict] if plain else None
-    lines = [f"Verdict: {_sentence(base, 'the base', split)}"]
+    sentences = [_sentence(base, "the base", split)]
     if plain:
-        lines.append(f"         {_sentence(plain, 'plain fine-tuning', split)}")
+        sentences.append(_sentence(plain, "plain fine-tuning", split))
     elif recipe != RIVAL:
-        lines.append(f"         not held against plain fine-tuning (the recipe {RIVAL!r})")
-    needed = max((d.needed or 0 for d in (base, plain) if d and WORDS[d.verdict] == "can't tell"), default=0)
-    return Verdict(against_base, against_plain, lines, _next(against_base, against_plain, needed))
+        sentences.append(f"not held against plain fine-tuning (the recipe {RIVAL!r})")
+    do = _next(against_base, against_plain, base.needed)
+    return Verdict(against_base, against_plain, sentences, do)
 
 
 def _sentence(difference: Difference, rival: str, split: str) -> str:
@@ -63,7 +65,7 @@ def _sentence(difference: Difference, rival: str, split: str) -> str:
     return line
 
 
-def _next(against_base: Word, against_plain: Word | None, needed: int) -> str:
+def _next(against_base: Word, against_plain: Word | None, needed: int | None) -> str:
     if against_base == "worse":
         return "keep the base; lower train.lr, or train on more of your own captioned pictures"
     if against_base == "can't tell":

@@ -13,6 +13,7 @@ from pathlib import Path
 
 BIN = Path(sys.executable).parent
 START_S = 600  # a head on a busy machine takes minutes
+STARTS = 3
 STOP_S = 5  # between asking and ending
 
 
@@ -26,6 +27,10 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
+class HeadNotStarted(Exception):
+    """It ended by itself, or gives no answer."""
+
+
 class RayHead:
     """`with RayHead(log, env) as head:` submit to `head.address`, or join it with RAY_ADDRESS=`head.gcs`.
     `env`: what the head and its workers run in."""
@@ -34,6 +39,15 @@ class RayHead:
         self.path, self.env = log, env
 
     def __enter__(self) -> "RayHead":
+        for attempt in range(1, STARTS + 1):
+            try:
+                return self._start()
+            except HeadNotStarted:  # Ray gives its own start 30 s, which isn't enough on a busy machine
+                if attempt == STARTS:
+                    sys.exit(f"the Ray head did not start; see {self.path}")
+        raise AssertionError("unreachable")
+
+    def _start(self) -> "RayHead":
         gcs, dashboard, agent, grpc, metrics, client = free_ports(6)
         self.address, self.gcs = f"http://127.0.0.1:{dashboard}", f"127.0.0.1:{gcs}"
         self.folder = tempfile.mkdtemp(prefix="dclip-ray-")
@@ -80,7 +94,7 @@ class RayHead:
             except subprocess.TimeoutExpired:
                 pass
             time.sleep(1)
-        sys.exit(f"the Ray head did not start; see {self.path}")
+        raise HeadNotStarted
 
     def __exit__(self, *_: object) -> None:
         for sent in (signal.SIGTERM, signal.SIGKILL):

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 from processes import python
 from ray_jobs_here import ROOT, job
+from safetensors.torch import load_file
 
 pytestmark = pytest.mark.slow
 
@@ -170,3 +172,41 @@ def test_ingest_job_and_cli_agree(on_head, student_folder, scenes_folder, tmp_pa
     assert snapshot(ours) == snapshot(theirs)
     ours.close()
     theirs.close()
+
+
+def test_a_large_teacher_is_taught_and_teaches_a_light_student(
+    on_head, tiny_base, pairs_folder, scenes_folder, tmp_path
+):
+    """Each with its own pixels: what the table says of the student and of where it started is what the
+    exported folders say of themselves."""
+    from model_folders import LIGHT, model_folder
+
+    from dclip_qdrant.pairs.build import build
+
+    light = model_folder(tmp_path / "light", LIGHT, 5)
+    out, more = tmp_path / "out", tmp_path / "more"
+    build(str(scenes_folder), str(more), captions=False)  # the same scenes: 20 of them are held out
+    done = job(
+        "distill",
+        *("--teacher", tiny_base, "--student", light, "--teacher-recipe", "projections"),
+        *("--recipe", "pictures", "--pictures", more, "--no-compare", "--allow-no-gain"),
+        *("--pairs", pairs_folder, "--out", out),
+        *("--set", "train.epochs=2", "--set", "train.batch_size=8"),
+        env=on_head,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "Verdict: " in done.stdout
+    assert "40 pictures without captions, 20 left out: in val or test" in done.stdout + done.stderr
+    table = json.loads((out / "table.json").read_text())
+    rows = {row["name"]: row for row in table["rows"]}
+    assert list(rows)[:2] == ["teacher's model", "base"]
+    for name, folder in (("base", "base"), ("pictures", "student")):
+        told = job("evaluate", "--student", out / folder, "--pairs", pairs_folder, "--format", "json")
+        figures = json.loads(told.stdout)
+        for way in ("t2i", "i2t"):
+            assert figures[way]["mrr"] == pytest.approx(rows[name][way]["mrr"], abs=0.02)
+    (taught,) = (out / "stages").glob("teacher-model-*/open_clip_model.safetensors")
+    before = load_file(str(Path(tiny_base) / "open_clip_model.safetensors"))
+    after = load_file(str(taught))
+    changed = {k for k in after if not torch.equal(before[k].float(), after[k].float())}
+    assert changed == {"visual.proj", "text_projection"}

@@ -4,7 +4,7 @@ import pytest
 from PIL import Image
 
 from dclip_qdrant.errors import UsageError
-from dclip_qdrant.jobs.experiment import Request, _check_pictures
+from dclip_qdrant.jobs.request import Request, check_pictures
 from dclip_qdrant.pairs import Pairs
 from dclip_qdrant.pairs.build import build
 from dclip_qdrant.recipe import Recipe
@@ -37,7 +37,7 @@ def test_pictures_and_recipes_that_do_not_belong_together_are_said(tmp_path, pai
     sft, learns = Recipe.load("sft"), Recipe.load("pictures")
 
     def check(recipe, pairs, pictures):
-        _check_pictures(Request(pairs, "base", "out", recipe, pictures=pictures), (recipe,))
+        check_pictures(Request(pairs, "base", "out", recipe, pictures=pictures), (recipe,))
 
     check(learns, pairs, more)
     check(sft, pairs, None)

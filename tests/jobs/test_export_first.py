@@ -1,0 +1,39 @@
+"""What can't be exported is said before the first minute of work."""
+
+import pytest
+
+from dclip_qdrant.errors import ParityError, UsageError
+from dclip_qdrant.jobs import distill as module
+from dclip_qdrant.jobs.experiment import Experiment
+from dclip_qdrant.jobs.request import Request
+from dclip_qdrant.recipe import Recipe
+from dclip_qdrant.training.models import trial, two_tower
+
+
+def test_a_base_that_can_not_be_exported_stops_before_the_cluster(
+    tiny_base, pairs_folder, tmp_path, monkeypatch
+):
+    def refuse(*_, **__):
+        raise ParityError("export", "tokens differ")
+
+    def too_late():
+        raise AssertionError("the cluster was started first")
+
+    monkeypatch.setattr(module, "export", refuse)
+    monkeypatch.setattr(module.cluster, "connect", too_late)
+    request = Request(str(pairs_folder), str(tiny_base), str(tmp_path / "out"), Recipe.load("sft"))
+    with pytest.raises(ParityError):
+        module.distill(request)
+    Experiment.open(request)  # and what was begun can be gone on with
+
+
+def test_a_tower_too_large_for_a_student_may_only_teach(tiny_base, pairs_folder, tmp_path, monkeypatch):
+    model = two_tower.load(str(tiny_base))
+    trial.check_size(model)
+    text = 4 * sum(p.numel() for n, p in model.model.named_parameters() if not n.startswith("visual."))
+    monkeypatch.setattr(trial, "ONNX_BYTES", text)
+    with pytest.raises(UsageError, match="its text tower has .* GiB of weights.*let it teach"):
+        trial.check_size(model)
+    request = Request(str(pairs_folder), str(tiny_base), str(tmp_path / "out"), Recipe.load("sft"))
+    with pytest.raises(UsageError, match="less than 2 GiB in a student"):
+        Experiment.open(request)

@@ -12,6 +12,7 @@ import psutil
 import pytest
 from processes import RUN_S, started, wait_until
 from ray_jobs_here import ROOT, job
+from safetensors.torch import load_file
 
 pytestmark = pytest.mark.slow
 

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+BACKLOG = 2048  # connections that wait, as uvicorn has it
+
 
 def is_loopback(host: str) -> bool:
     """Whether only this machine can reach an address."""
@@ -104,11 +106,18 @@ def run(service: "Service", *, host: str, port: int) -> None:
         raise UsageError(
             "`port`", f"{host}:{port}: {e.strerror or e}", "a free port", "`port` 0 picks one"
         ) from e
+    # now, not when uvicorn is up: whoever reads the address below may connect at once, and waits
+    sock.listen(BACKLOG)
     address = f"http://{host}:{sock.getsockname()[1]}"
     page = f", search page at {address}/" if service.gallery else ""
     logger.info("%s at %s/inference%s", ", ".join(service.engine.students), address, page)
     config = uvicorn.Config(
-        service.app, log_level="warning", access_log=False, timeout_graceful_shutdown=20, server_header=False
+        service.app,
+        log_level="warning",
+        access_log=False,
+        timeout_graceful_shutdown=20,
+        server_header=False,
+        backlog=BACKLOG,
     )
     for asked in (signal.SIGTERM, signal.SIGINT):
         # uvicorn stops on them, then raises them once more: a service that was asked to stop ends with 0

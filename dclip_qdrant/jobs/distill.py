@@ -135,19 +135,17 @@ def _export_base(experiment: Experiment) -> None:
     Raises:
         ParityError, StudentError: towers or a tokenizer that can't be exported; the student's are the same.
     """
-    folder = storage.as_path(experiment.request.out) / "base"
-    if (folder / "manifest.json").exists() and not experiment.request.from_scratch:
+    request = experiment.request
+    folder = storage.as_path(request.out) / "base"
+    start = two_tower.load(experiment.reference or experiment.student_name)
+    mark = folder / RUN_FILE
+    if mark.exists() and mark.read_text() == start.fingerprint and not request.from_scratch:
         return
     # what marks `out` as ours, so that a run that is killed from here on is gone on with
-    storage.as_path(experiment.request.stages).mkdir(parents=True, exist_ok=True)
-    export(
-        two_tower.load(experiment.reference or experiment.student_name),
-        folder,
-        name="base",
-        metrics={},
-        recipe={"name": "base"},
-        card="The model that the student started from, unchanged.\n",
-    )
+    storage.as_path(request.stages).mkdir(parents=True, exist_ok=True)
+    card = "The model that the student started from, unchanged.\n"
+    export(start, folder, name="base", metrics={}, recipe={"name": "base"}, card=card)
+    storage.write_text(mark, start.fingerprint)
 
 
 def _export(experiment: Experiment, chosen: Run, rows: list[Row]) -> UPath:

@@ -61,6 +61,9 @@ def check_teach(request: Request) -> None:
     if request.teach.student.model or request.teach.student.inherit:
         came = f"{request.teach.name!r} starts from a model of its own"
         raise UsageError("`teacher_recipe`", came, "a recipe without student.model and student.inherit")
+    if request.teach.train.picture_share:
+        came = f"{request.teach.name!r} learns from pictures without captions"
+        raise UsageError("`teacher_recipe`", came, "a recipe of pairs alone, like `projections` or `sft`")
     if request.recipe.student.inherit:
         came = f"{request.recipe.name!r} cuts its student from the base"
         raise UsageError("`teacher_recipe`", came, "a student that is a model by itself (student.model)")

@@ -1,6 +1,7 @@
 """What can't be exported is said before the first minute of work."""
 
 import pytest
+from conftest import write_base
 
 from dclip_qdrant.errors import ParityError, UsageError
 from dclip_qdrant.jobs import distill as module
@@ -37,3 +38,24 @@ def test_a_tower_too_large_for_a_student_may_only_teach(tiny_base, pairs_folder,
     request = Request(str(pairs_folder), str(tiny_base), str(tmp_path / "out"), Recipe.load("sft"))
     with pytest.raises(UsageError, match="less than 2 GiB in a student"):
         Experiment.open(request)
+
+
+def test_another_base_in_the_same_folder_is_exported_anew(tiny_base, pairs_folder, tmp_path, monkeypatch):
+    exported = []
+
+    def export(model, folder, **_):
+        exported.append(model.name)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "manifest.json").write_text("{}")
+
+    monkeypatch.setattr(module, "export", export)
+    other = str(write_base(new_folder(tmp_path / "other"), 3))
+    for base in (str(tiny_base), str(tiny_base), other):
+        request = Request(str(pairs_folder), base, str(tmp_path / "out"), Recipe.load("sft"))
+        module._export_base(Experiment.open(request))
+    assert exported == [str(tiny_base), other]
+
+
+def new_folder(path):
+    path.mkdir()
+    return path

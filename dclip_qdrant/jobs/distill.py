@@ -71,8 +71,8 @@ def distill(request: Request) -> Distilled:
     cluster.connect()
     experiment = experiment.taught()
     if experiment.split != "test":
-        chose_alpha = ", which also chose alpha" if experiment.split == "val" else ""
-        logger.warning("no test split: the table is measured on %s%s", experiment.split, chose_alpha)
+        half = "half of val, the other half chooses alpha" if experiment.split == "val" else experiment.split
+        logger.warning("no test split: the table is measured on %s", half)
 
     def in_order(runs: list[Run]) -> dict[str, str]:
         return train_runs.run_in_order(runs, workers=request.workers, storage=experiment.ray_storage())

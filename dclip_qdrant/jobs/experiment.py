@@ -121,6 +121,9 @@ class Experiment:
         labelled = labelled_fingerprint(request.labelled) if request.labelled else None
         base = two_tower.load(request.base)
         experiment = cls(request, pairs, base, labelled, pick_split(pairs, None), recipes)
+        if experiment.split == "val" and have["val"] < 2:
+            came = "no test split and one val picture"
+            raise UsageError("`pairs`", came, "a test split, or val pictures that can be halved")
         experiment._check_recipes()
         if not have.get("val") and len(request.recipe.keep.wise_ft) > 1:
             logger.warning(

@@ -51,13 +51,23 @@ class EvalSet:
     computed once."""
 
     def __init__(
-        self, pairs: Pairs, split: str, features: Any | None, device: str = "cpu", *, most: int | None = None
+        self,
+        pairs: Pairs,
+        split: str,
+        features: Any | None,
+        device: str = "cpu",
+        *,
+        most: int | None = None,
+        half: int | None = None,
     ) -> None:
-        """`most`: no more pictures than these, evenly spread over the split."""
+        """`most`: no more pictures than these, evenly spread over the split. `half`: 0 for every other
+        picture from the first on, 1 for the rest."""
         pictures = Pictures(pairs, split)
         rows = np.unique(
             np.linspace(0, len(pictures) - 1, min(most or len(pictures), len(pictures))).astype(int)
         )
+        if half is not None:
+            rows = rows[half::2]
         captions = pairs.table(["captions"], (split,))["captions"].to_pylist()
         self.captions: list[list[str]] = [captions[i] for i in rows]
         self.owner = np.repeat(np.arange(len(self.captions)), [len(c) for c in self.captions])

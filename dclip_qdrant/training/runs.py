@@ -78,7 +78,7 @@ class Worker:
         self.comm = comm
         self.device = device
         self.log = log
-        self._eval_sets: dict[tuple[str, str, str, int | None], EvalSet] = {}
+        self._eval_sets: dict[tuple[str, str, str, int | None, int | None], EvalSet] = {}
         self._labelled_sets: dict[str, LabelledSet] = {}
         self._base_right: dict[tuple[str, str], np.ndarray] = {}
 
@@ -99,12 +99,22 @@ class Worker:
         do[run.kind](run, lambda line: self.log(f"{run.label}: {line}"))
         self.comm.barrier()
 
-    def _eval_set(self, run: Run, split: str, most: int | None = None) -> EvalSet:
-        key = (run.pairs, run.features, split, most)
+    def _eval_set(self, run: Run, split: str, most: int | None = None, half: int | None = None) -> EvalSet:
+        key = (run.pairs, run.features, split, most, half)
         if key not in self._eval_sets:
             pairs = Pairs.open(run.pairs)
-            self._eval_sets[key] = EvalSet(pairs, split, UPath(run.features), self.device, most=most)
+            self._eval_sets[key] = EvalSet(
+                pairs, split, UPath(run.features), self.device, most=most, half=half
+            )
         return self._eval_sets[key]
+
+    def _choosing(self, run: Run) -> EvalSet:
+        """What chooses alpha and strengths: val, or the half of it that the table isn't measured on."""
+        return self._eval_set(run, "val", half=0 if run.split == "val" else None)
+
+    def _reported(self, run: Run) -> EvalSet:
+        """What the table is measured on; where there is no test split, the half of val that chose nothing."""
+        return self._eval_set(run, run.split, half=1 if run.split == "val" else None)
 
     def _labelled(self, run: Run) -> LabelledSet | None:
         if run.labelled is None:
@@ -133,14 +143,14 @@ class Worker:
         labelled = self._labelled(run)
         accuracy = float(labelled.right(model)[labelled.reported].mean()) if labelled else None
         # cached trunk features are the student's
-        ranks = self._eval_set(run, run.split).ranks(model, cached_trunks=run.reference is None)
+        ranks = self._reported(run).ranks(model, cached_trunks=run.reference is None)
         self._finish_untrained(run, ranks, accuracy, 1.0 if labelled else None, log)
 
     def _teacher_model(self, run: Run, log: Log) -> None:
         """What the model that teaches is worth by itself, where it isn't the student's own."""
         if self.comm.rank:
             return
-        ranks = self._eval_set(run, run.split).teacher_ranks()
+        ranks = self._reported(run).teacher_ranks()
         accuracy = None
         if run.labelled is not None:
             model = two_tower.load(run.base).to(self.device)
@@ -297,7 +307,7 @@ class Worker:
             ]
             frozen = f", trunks that are frozen and cached: {', '.join(resting)}" if resting else ""
             log(f"{learning:,} parameters learn{frozen}")
-        val = self._eval_set(run, "val") if pairs.splits().get("val") else None
+        val = self._choosing(run) if pairs.splits().get("val") else None
 
         def after_epoch(epoch: int) -> dict[str, float]:
             if val is None or not task.use_trunk:
@@ -378,9 +388,7 @@ class Worker:
         """Puts these weights into the model and measures them on the split of the table; the text side's
         map."""
         text_map = self._place(run, trained, alpha, strength)
-        ranks = self._eval_set(run, run.split).ranks(
-            trained.model, cached_text=trained.cached_text, text_map=text_map
-        )
+        ranks = self._reported(run).ranks(trained.model, cached_text=trained.cached_text, text_map=text_map)
         save_ranks(run.stage.path, name, ranks)
         retrieval = metrics.retrieval(ranks)
         labelled = self._labelled(run)

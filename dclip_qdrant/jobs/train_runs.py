@@ -42,14 +42,16 @@ def _work(config: dict[str, Any]) -> None:
     if complaint.exists():
         return  # Ray starts everything once more after an error; this one would come again
     worker = Worker(comm, device, log)
-    for raw in config["runs"]:
-        run = Run(**raw)
-        try:
+    try:
+        for raw in config["runs"]:
+            run = Run(**raw)
             worker.do(run)
-        except DclipError as e:
-            write_text(complaint, e.as_json())
-            raise
-        ray.train.report({"label": run.label})
+            ray.train.report({"label": run.label})
+    except DclipError as e:
+        write_text(complaint, e.as_json())
+        raise
+    finally:
+        worker.close()
 
 
 def not_done(runs: Sequence[Run]) -> list[Run]:

@@ -5,7 +5,7 @@ Ray Data makes the caches (regions, features, teacher vectors); training then re
 stream. That is what makes a resumed run exact and any number of workers see the same batches
 (`training/loop.py`).
 Memory: vectors are held as float16, 2 bytes x width x (captions + views) a picture: 0.35 GB for 67,500
-pictures of 5 captions at width 512.
+pictures of 5 captions at width 512; once a node where there are several workers (node_cache.py).
 """
 
 import tempfile
@@ -98,6 +98,12 @@ class Cache:
 
 REGION_COLUMNS = ("regions", "region_boxes", "region_trunk")
 TEXT_COLUMNS = ("texts", "text_trunk")
+Allocate = Callable[[str, tuple[int, ...], Any], np.ndarray]  # name, shape, dtype -> zeros
+
+
+def in_memory(name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """Zeros of this process alone."""
+    return np.zeros(shape, dtype)
 
 
 def load_cache(
@@ -107,23 +113,38 @@ def load_cache(
     teacher: UPath | None = None,
     *,
     need: tuple[str, ...] = ("regions", "texts"),
+    allocate: Allocate = in_memory,
 ) -> Cache:
-    """Reads the features stage (and the teacher's) for these pictures; `captions` is how many each has.
+    """Reads the features stage (and the teacher's) for these pictures, part by part into arrays that
+    `allocate` gives; `captions` is how many each has.
 
     Raises:
         InputError: a picture that the cache doesn't have.
     """
     row_of = {key: i for i, key in enumerate(keys)}
     first = np.concatenate([[0], np.cumsum(captions)]).astype(np.int64)
-    columns = ["key", "view", "crop", "flip", "trunk", "image", *need]
-    tables = list(parts(features, FEATURES, columns))
-    views = 1 + max((max(table["view"].to_pylist(), default=-1) for table in tables), default=-1)
-    arrays: dict[str, np.ndarray] = {}
-    region_rows: dict[str, list[np.ndarray | None]] = {
-        n: [None] * len(keys) for n in need if n in REGION_COLUMNS
+    sizes = _sizes(features, row_of, regions=bool(set(need) & set(REGION_COLUMNS)))
+    n = len(keys)
+    shapes: dict[str, tuple[int, ...]] = {
+        **dict.fromkeys(("crop", "trunk", "image"), (n, sizes.views)),
+        **dict.fromkeys(TEXT_COLUMNS, (int(first[-1]),)),
+        **dict.fromkeys(REGION_COLUMNS, (n, max(sizes.regions, 1))),
     }
-    filled = np.zeros(len(keys), bool)
-    for table in tables:
+    arrays: dict[str, Any] = {}
+
+    def array(name: str, width: int) -> np.ndarray:
+        """The column's array [..., width], made when its width is known; 0 wide until a part has any."""
+        have = arrays.get(name)
+        if have is None or have.shape[-1] < width:
+            kind = np.float32 if name in ("crop", "region_boxes") else np.float16
+            make = allocate if width else in_memory
+            arrays[name] = make(name, (*shapes[name], width), kind)
+        return arrays[name]
+
+    flip = allocate("flip", (n, sizes.views), bool)
+    region_mask = allocate("region_mask", shapes["regions"], bool) if "regions" in need else None
+    filled = np.zeros(n, bool)
+    for table in parts(features, FEATURES, ["key", "view", "crop", "flip", "trunk", "image", *need]):
         own = [i for i, key in enumerate(table["key"].to_pylist()) if key in row_of]
         if not own:
             continue
@@ -132,60 +153,57 @@ def load_cache(
         view = np.asarray(table["view"])
         for name in ("crop", "trunk", "image"):
             values = matrix(table[name])
-            kind = np.float32 if name == "crop" else np.float16
-            arrays.setdefault(name, np.zeros((len(keys), views, values.shape[1]), kind))[rows, view] = values
-        flips = arrays.setdefault("flip", np.zeros((len(keys), views), bool))
-        flips[rows, view] = np.asarray(table["flip"])
+            array(name, values.shape[1])[rows, view] = values
+        flip[rows, view] = np.asarray(table["flip"])
         filled[rows[view == 0]] = True
         for name in need:
             values, counts = nested(table[name])
+            target = array(name, values.shape[1])
+            if not values.shape[1]:
+                continue
             starts = np.concatenate([[0], np.cumsum(counts)])
             for j in np.flatnonzero(view == 0):
                 vectors, row = values[starts[j] : starts[j + 1]], rows[j]
                 if name in TEXT_COLUMNS:
-                    texts = arrays.setdefault(name, np.zeros((first[-1], values.shape[1]), np.float16))
-                    if values.shape[1]:
-                        texts[first[row] : first[row + 1]] = vectors
-                else:
-                    kind = np.float32 if name == "region_boxes" else np.float16
-                    region_rows[name][row] = vectors.astype(kind)
+                    target[first[row] : first[row + 1]] = vectors
+                elif len(vectors):
+                    target[row, : len(vectors)] = vectors
+                    if name == "regions" and region_mask is not None:
+                        region_mask[row, : len(vectors)] = True
     if not filled.all():
         lost = keys[int(np.argmin(filled))]
         do = "run it again with `from_scratch`"
         raise InputError(features, f"no features of {lost!r}", "every picture of the split", do)
-    cache = Cache(
+    return Cache(
         keys=keys,
-        crop=arrays["crop"],
-        flip=arrays["flip"],
-        trunk=arrays["trunk"],
-        image=arrays["image"],
-        texts=arrays.get("texts"),
-        text_trunk=arrays.get("text_trunk"),
+        flip=flip,
         first=first,
+        region_mask=region_mask,
+        teacher=_load_teacher(teacher, row_of, sizes.views, max(captions), allocate) if teacher else None,
+        **arrays,
     )
-    for name, each in region_rows.items():
-        padded, mask = _padded([vectors for vectors in each if vectors is not None])
-        setattr(cache, name, padded)
-        if name == "regions":
-            cache.region_mask = mask
-    if teacher is not None:
-        cache.teacher = _load_teacher_vectors(teacher, row_of, views, max(captions))
-    return cache
 
 
-def _padded(rows: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """N arrays [R_n, D] -> [N, R, D], zero beyond each one's rows, and the mask [N, R] of those that are
-    there."""
-    most, width = max(max(len(r) for r in rows), 1), max(r.shape[-1] for r in rows)
-    padded, mask = np.zeros((len(rows), most, width), rows[0].dtype), np.zeros((len(rows), most), bool)
-    for i, vectors in enumerate(rows):
-        if len(vectors):
-            padded[i, : len(vectors)], mask[i, : len(vectors)] = vectors, True
-    return padded, mask
+@dataclass(frozen=True)
+class Sizes:
+    views: int
+    regions: int  # of the picture that has most
 
 
-def _load_teacher_vectors(
-    teacher: UPath, row_of: dict[str, int], views: int, most_captions: int
+def _sizes(features: UPath, row_of: dict[str, int], *, regions: bool) -> Sizes:
+    """How large the arrays must be, from two narrow columns."""
+    views = most = 0
+    for table in parts(features, FEATURES, ["key", "view", *(("region_boxes",) if regions else ())]):
+        views = max(views, 1 + max(table["view"].to_pylist(), default=-1))
+        if regions:
+            own = np.array([key in row_of for key in table["key"].to_pylist()], bool)
+            _, counts = nested(table["region_boxes"])
+            most = max(most, int(counts[own].max(initial=0)))
+    return Sizes(views, most)
+
+
+def _load_teacher(
+    teacher: UPath, row_of: dict[str, int], views: int, most_captions: int, allocate: Allocate
 ) -> np.ndarray | None:
     """[N, V, C, D] float16 from the teacher cache, zero beyond a picture's captions; None where it has
     none."""
@@ -199,7 +217,7 @@ def _load_teacher_vectors(
                 continue
             if out is None:
                 width = 1 if counts.max() == 1 else most_captions
-                out = np.zeros((len(row_of), views, width, values.shape[1]), np.float16)
+                out = allocate("teacher", (len(row_of), views, width, values.shape[1]), np.float16)
             vectors = values[starts[j] : starts[j + 1]]
             out[row_of[key], view, : len(vectors)] = vectors
     return out

@@ -22,13 +22,14 @@ from dclip_qdrant.tables import storage
 from dclip_qdrant.tables.stages import Stage
 from dclip_qdrant.training import hubness, rotation
 from dclip_qdrant.training.checkpoint import Checkpoints
-from dclip_qdrant.training.data import REGION_COLUMNS, TEXT_COLUMNS, Pictures, load_cache
+from dclip_qdrant.training.data import REGION_COLUMNS, TEXT_COLUMNS, Cache, Pictures, load_cache
 from dclip_qdrant.training.distributed import Comm
 from dclip_qdrant.training.evaluate import EvalSet, LabelledSet
 from dclip_qdrant.training.figures import Figures, RunFigures, SweepPoint, save_ranks
 from dclip_qdrant.training.loop import Log, fit
 from dclip_qdrant.training.models import two_tower
 from dclip_qdrant.training.models.region_teacher import RegionTeacher
+from dclip_qdrant.training.node_cache import NodeCaches
 from dclip_qdrant.training.student_task import StudentTask, Uncaptioned, reads_regions
 from dclip_qdrant.training.teacher_task import TeacherTask, fuse
 
@@ -80,6 +81,7 @@ class Worker:
         self.log = log
         self._eval_sets: dict[tuple[str, str, str, int | None, int | None], EvalSet] = {}
         self._labelled_sets: dict[str, LabelledSet] = {}
+        self._node_caches = NodeCaches()
         self._base_right: dict[tuple[str, str], np.ndarray] = {}
 
     def do(self, run: Run) -> None:
@@ -107,6 +109,15 @@ class Worker:
                 pairs, split, UPath(run.features), self.device, most=most, half=half
             )
         return self._eval_sets[key]
+
+    @property
+    def _cache(self) -> Callable[..., Cache]:
+        """What reads cached vectors: into this process, or once a node where there are several ranks."""
+        return self._node_caches.load if self.comm.world > 1 else load_cache
+
+    def close(self) -> None:
+        """Removes the files that this process mapped."""
+        self._node_caches.remove()
 
     def _choosing(self, run: Run) -> EvalSet:
         """What chooses alpha and strengths: val, or the half of it that the table isn't measured on."""
@@ -173,7 +184,7 @@ class Worker:
         base = two_tower.load(run.base)
         captions = Pairs.open(run.pairs).table(["key", "captions"], ("train",))
         lists = captions["captions"].to_pylist()
-        cache = load_cache(captions["key"].to_pylist(), [len(c) for c in lists], UPath(run.features))
+        cache = self._cache(captions["key"].to_pylist(), [len(c) for c in lists], UPath(run.features))
         task = TeacherTask(cfg, base, lists, cache, seed=run.seed, device=self.device)
         checkpoints = Checkpoints(run.stage.path / "checkpoints")
         began = time.monotonic()
@@ -282,9 +293,9 @@ class Worker:
         counts = [len(c) for c in captions]
         need = (*TEXT_COLUMNS, *REGION_COLUMNS) if reads_regions(recipe) else TEXT_COLUMNS
         teacher = UPath(run.teacher) if run.teacher else None
-        cache = load_cache(pictures.keys, counts, UPath(run.features), teacher, need=need)
+        cache = self._cache(pictures.keys, counts, UPath(run.features), teacher, need=need)
         cache.others = tuple(
-            cache if other == "base" else load_cache(pictures.keys, counts, UPath(other), need=("texts",))
+            cache if other == "base" else self._cache(pictures.keys, counts, UPath(other), need=("texts",))
             for other in run.others
         )
         start = model.weights()
@@ -355,7 +366,7 @@ class Worker:
         if not len(pictures):
             came = f"all {len(hashes):,} pictures stand in val or test"
             raise InputError(run.pictures, came, "other pictures")
-        cache = load_cache(pictures.keys, [0] * len(pictures), UPath(run.picture_features), need=())
+        cache = self._cache(pictures.keys, [0] * len(pictures), UPath(run.picture_features), need=())
         return Uncaptioned(pictures, cache)
 
     def _sweep(self, run: Run, trained: "Trained") -> list[SweepPoint]:

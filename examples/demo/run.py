@@ -159,9 +159,9 @@ def main() -> None:
         submit = f"ray job submit --address {head.address} --working-dir . -- python"
         call(
             f"{submit} ray_jobs/distill.py --recipe demo --base {BASE} {DETECTOR} --pairs {DEMO}/pairs "
-            f"--labelled {DEMO}/labelled --out {DEMO} --seeds {args.seeds}",
+            # ray job submit ends with 1 whatever a job ends with: the verdict is printed, and shown in the report
+            f"--labelled {DEMO}/labelled --out {DEMO} --seeds {args.seeds} --allow-no-gain --min-retention 0",
             show=True,
-            ok=(0, 3),
         )
         if args.long:
             long_form(submit)

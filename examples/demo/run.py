@@ -159,10 +159,13 @@ def main() -> None:
         submit = f"ray job submit --address {head.address} --working-dir . -- python"
         call(
             f"{submit} ray_jobs/distill.py --recipe demo --base {BASE} {DETECTOR} --pairs {DEMO}/pairs "
-            # ray job submit ends with 1 whatever a job ends with: the verdict is printed, and shown in the report
-            f"--labelled {DEMO}/labelled --out {DEMO} --seeds {args.seeds} --allow-no-gain --min-retention 0",
+            f"--labelled {DEMO}/labelled --out {DEMO} --seeds {args.seeds}",
             show=True,
+            # ray job submit ends with 1 also where the job ended with 3, a student that isn't shown to be better
+            ok=(0, 1),
         )
+        if not (OUT / "table.md").exists():
+            sys.exit("the job ended without a table")
         if args.long:
             long_form(submit)
     say((OUT / "table.md").read_text())

@@ -161,7 +161,7 @@ def main() -> None:
             f"{submit} ray_jobs/distill.py --recipe demo --base {BASE} {DETECTOR} --pairs {DEMO}/pairs "
             f"--labelled {DEMO}/labelled --out {DEMO} --seeds {args.seeds}",
             show=True,
-            # ray job submit ends with 1 also where the job ended with 3, a student that isn't shown to be better
+            # ray job submit ends with 1 also where the job ended with 3: no better student
             ok=(0, 1),
         )
         if not (OUT / "table.md").exists():

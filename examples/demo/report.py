@@ -54,6 +54,7 @@ def write(out: Path) -> None:
         "trained row learns the same parameters in the same number of student forward passes.</p>",
         f'<div class="card">{_table(table["rows"])}</div>',
         _differences(table["comparisons"]),
+        _verdict(table["verdict"]),
         _searches(out),
         f"<h2>Training</h2>{curves.of_runs(table)}",
         "<h2>What the detector sees</h2><p>Held-out scenes with the regions that the teacher is given.</p>",
@@ -118,6 +119,11 @@ def _differences(comparisons: Sequence[dict[str, Any]]) -> str:
         lines.append(f"<li>{names}: {difference:+.1f} points, 95% interval {low:.1f} to {high:.1f}</li>")
     title = "<p>Mean R@1 of both directions, paired over pictures (bootstrap):</p>"
     return f'{title}<ul class="notes">{"".join(lines)}</ul>'
+
+
+def _verdict(verdict: dict[str, Any]) -> str:
+    sentences = "; ".join(verdict["sentences"])
+    return f"<p><b>The verdict</b>: {html.escape(sentences)}.</p>"
 
 
 def _searches(out: Path) -> str:

@@ -137,7 +137,7 @@ def _with_weights(settings: tuple[str, ...], weights: str | None) -> tuple[str, 
     help="Pictures without captions to learn from too (pairs made with --pictures-only), for recipes that "
     "draw them, like `pictures`.",
 )
-@click.option("--no-compare", is_flag=True, help="Train the recipe alone.")
+@click.option("--no-compare", is_flag=True, help="Train the recipe alone; its verdict decides no exit code.")
 @click.option(
     "--seeds", default="0", callback=number_list, metavar="N,N", help="The first one's student is exported."
 )
@@ -214,7 +214,7 @@ def distill_command(
     if result.verdict.is_success and form != "json":
         click.echo(f"      dclip-qdrant ingest PICTURES --student {result.student} --collection NAME")
     check_retention(result, min_retention)
-    if not allow_no_gain:
+    if not (allow_no_gain or no_compare):  # held against nothing it isn't judged either
         check_gain(result)
 
 

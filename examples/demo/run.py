@@ -155,6 +155,8 @@ def main() -> None:
     step("Pairs")
     call(f"dclip-qdrant pairs {DEMO}/data -o {DEMO}/pairs --overwrite --quiet")
     step("The one job: regions, teacher, cache, students, export, table")
+    # the job writes beside the demo's own files, which it does in no folder that isn't that of an earlier run
+    (OUT / "stages").mkdir(exist_ok=True)
     with RayHead(OUT / "ray-head.log", ENV) as head:
         submit = f"ray job submit --address {head.address} --working-dir . -- python"
         call(

@@ -45,7 +45,8 @@ def judge(recipe: str, differences: list[Difference], *, split: str) -> Verdict:
         sentences.append(_sentence(plain, "plain fine-tuning", split))
     elif recipe != RIVAL:
         sentences.append(f"not held against plain fine-tuning (the recipe {RIVAL!r})")
-    do = _next(against_base, against_plain, base.needed)
+    needed = base.needed if base.needed and base.needed > base.n else None
+    do = _next(against_base, against_plain, needed)
     return Verdict(against_base, against_plain, sentences, do)
 
 
@@ -61,6 +62,8 @@ def _sentence(difference: Difference, rival: str, split: str) -> str:
     if word == "can't tell":
         if difference.needed is None:
             return f"{line}; there is no difference at all"
+        if difference.needed <= difference.n:  # two ways to reckon that meet at the border
+            return f"{line}; it is close, a few more would tell"
         line += f"; a difference of this size takes about {difference.needed:,}"
     return line
 

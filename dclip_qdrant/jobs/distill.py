@@ -137,7 +137,7 @@ def _export_base(experiment: Experiment) -> None:
     """
     request = experiment.request
     folder = storage.as_path(request.out) / "base"
-    start = two_tower.load(experiment.reference or experiment.student_name)
+    start = experiment.base if experiment.reference else experiment.student
     mark = folder / RUN_FILE
     if mark.exists() and mark.read_text() == start.fingerprint and not request.from_scratch:
         return

@@ -144,7 +144,6 @@ class Experiment:
             teach = self.request.teach
             objectives = Weighted(teach.objectives, self.base.dim, self.base.dim)
             try_recipe(teach, objectives.reads, self.base, self.base)
-            try_towers(self.base)
         for recipe in self.recipes:
             objectives = Weighted(recipe.objectives, student.dim, self.base.dim)
             try_recipe(recipe, objectives.reads, self.base, student)
@@ -318,7 +317,7 @@ class Experiment:
         """What the teaching model (and the student's trunk, where it rests) sees in pictures without
         captions."""
         if self.request.pictures is None:
-            raise ValueError("no pictures without captions")  # _check_pictures has said so
+            raise ValueError("no pictures without captions")  # check_pictures has said so
         logger.info("pictures without captions")
         image_rests = self.trunks_at_rest[0]
         request = FeatureRequest(

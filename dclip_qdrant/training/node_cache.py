@@ -20,6 +20,7 @@ from filelock import FileLock
 from upath import UPath
 
 from dclip_qdrant.errors import InputError
+from dclip_qdrant.tables.stages import digest
 from dclip_qdrant.tables.storage import PARTIAL
 from dclip_qdrant.training.data import Cache, load_cache
 
@@ -50,8 +51,8 @@ class NodeCaches:
         Raises:
             InputError: a picture that the cache doesn't have, or a disk that is too full.
         """
-        told = [str(features), str(teacher), sorted(need), _digest(keys)]
-        folder = self._root / f"dclip-cache-{_digest([json.dumps(told)])[:20]}"
+        told = [str(features), str(teacher), sorted(need), _hash(keys)]
+        folder = self._root / f"dclip-cache-{digest(told)}"
         with self._lock(folder):
             if not (folder / DONE).is_file():
                 build(
@@ -112,8 +113,9 @@ def build(folder: Path, load: Callable[[Any], Cache]) -> None:
         raise
 
 
-def _digest(texts: list[str]) -> str:
-    digest = hashlib.sha256()
-    for text in texts:
-        digest.update(text.encode() + b"\0")
-    return digest.hexdigest()
+def _hash(keys: list[str]) -> str:
+    """sha256 of the keys, one after another: there may be millions."""
+    mark = hashlib.sha256()
+    for key in keys:
+        mark.update(key.encode() + b"\0")
+    return mark.hexdigest()

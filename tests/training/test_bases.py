@@ -6,6 +6,7 @@ import open_clip
 import pytest
 import torch
 from conftest import TINY
+from model_folders import model_folder
 from open_clip.tokenizer import get_clean_fn
 from safetensors.torch import save_file
 
@@ -84,14 +85,7 @@ def other_towers(tmp_path, **text):
     config = json.loads(json.dumps(TINY))
     config["model_cfg"]["text_cfg"] |= text
     config["model_cfg"]["custom_text"] = True
-    place = tmp_path / "base"
-    place.mkdir()
-    (place / "open_clip_config.json").write_text(json.dumps(config))
-    torch.manual_seed(0)
-    model = open_clip.create_model(f"local-dir:{place}", load_weights=False)
-    weights = {k: v.contiguous() for k, v in model.state_dict().items() if k != "attn_mask"}
-    save_file(weights, place / "open_clip_model.safetensors")
-    return two_tower.load(str(place))
+    return two_tower.load(model_folder(tmp_path / "base", config, 0))
 
 
 def test_a_recipe_that_a_text_tower_can_not_serve_is_refused_before_any_work(tmp_path):

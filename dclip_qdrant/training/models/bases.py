@@ -9,7 +9,7 @@ from typing import Any
 import open_clip
 import torch
 from open_clip.pretrained import get_pretrained_cfg
-from torch import nn
+from torch import Tensor, nn
 
 from dclip_qdrant.errors import UsageError
 from dclip_qdrant.lookup import did_you_mean, missing
@@ -145,10 +145,15 @@ def _dim(model: Any) -> int:
 def hash_model(model: nn.Module, config: dict[str, Any], preprocess: Preprocess) -> str:
     """sha256 over weights, config and preprocessing: a hub's name stays when what is behind it changes."""
     digest = hashlib.sha256(json.dumps([config, asdict(preprocess)], sort_keys=True).encode())
-    for name, value in sorted(model.state_dict().items()):
+    hash_tensors(digest, model.state_dict())
+    return digest.hexdigest()
+
+
+def hash_tensors(digest: Any, tensors: dict[str, Tensor]) -> None:
+    """Adds names and bytes, in order of name, to a digest of hashlib's."""
+    for name, value in sorted(tensors.items()):
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def hash_files(*files: Path) -> str:

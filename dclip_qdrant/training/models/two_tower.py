@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dclip_qdrant.errors import RecipeError
 from dclip_qdrant.pictures.preprocess import Preprocess
 from dclip_qdrant.training.models import lora, projections
-from dclip_qdrant.training.models.bases import open_base
+from dclip_qdrant.training.models.bases import hash_tensors, open_base
 
 _ATTENTION = re.compile(
     r"\.attn\.(in_proj_weight|in_proj_bias|out_proj\.|qkv\.|q\.|k\.|v\.|proj\.|q_proj\.|k_proj\.|v_proj\."
@@ -120,12 +120,8 @@ class TwoTower(nn.Module):
     def trunk_mark(self) -> str:
         """What the image trunk sees follows from this: a hash of its weights and of the preprocessing."""
         mark = hashlib.sha256(repr(self.preprocess).encode())
-        for name, value in sorted(self.model.visual.trunk.state_dict(prefix="visual.trunk.").items()):
-            if self.is_projection(name):
-                continue
-            raw = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-            mark.update(name.encode())
-            mark.update(raw.numpy())
+        trunk = self.model.visual.trunk.state_dict(prefix="visual.trunk.")
+        hash_tensors(mark, {name: value for name, value in trunk.items() if not self.is_projection(name)})
         return mark.hexdigest()
 
     def trunk(self, pixels: Tensor) -> Tensor:

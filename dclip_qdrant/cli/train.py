@@ -143,6 +143,12 @@ def _with_weights(settings: tuple[str, ...], weights: str | None) -> tuple[str, 
 )
 @workers_option
 @actors_option
+@click.option(
+    "--reader",
+    type=click.Choice(["auto", "memory", "stream"]),
+    default="auto",
+    help="How training reads: all of train in memory (exact), as a stream (any size), or what fits.",
+)
 @min_retention_option
 @click.option(
     "--allow-no-gain", is_flag=True, help="Exit code 0 also for a student that isn't shown to be better."
@@ -168,6 +174,7 @@ def distill_command(
     seeds: tuple[int, ...],
     workers: int,
     actors: int | None,
+    reader: str,
     min_retention: float,
     allow_no_gain: bool,
     name: str | None,
@@ -208,6 +215,7 @@ def distill_command(
         min_retention=min_retention,
         name=name,
         from_scratch=from_scratch,
+        reader=reader,
     )
     result = distill(request)
     click.echo(json.dumps(result.as_dict(), indent=1) if form == "json" else result.text())

@@ -106,6 +106,15 @@ def gpus() -> int:
     return int(ray.cluster_resources().get("GPU", 0))
 
 
+def node_memory() -> float:
+    """Bytes of memory of the smallest node, as Ray counts it: what its tasks and its objects may use."""
+    import ray
+
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    have = [r.get("memory", 0.0) + r.get("object_store_memory", 0.0) for r in nodes]
+    return min(have, default=0.0)
+
+
 def pool_size(wanted: int | None, parameter: str = "actors") -> int:
     """How many actors: what was asked for, or one for every four CPUs (the models use threads themselves), or
     one a GPU.

@@ -14,6 +14,7 @@ from dclip_qdrant.jobs.comparison import AFTER_WISE_FT, Difference, Row
 from dclip_qdrant.jobs.experiment import Experiment, Outcome
 from dclip_qdrant.jobs.export import export
 from dclip_qdrant.jobs.request import Request
+from dclip_qdrant.jobs.stream import dataset_of, opened
 from dclip_qdrant.jobs.suite import Group, Suite
 from dclip_qdrant.jobs.train_runs import not_done
 from dclip_qdrant.pairs.leak import leak
@@ -259,7 +260,12 @@ def run_side_by_side(runs: list[Run], *, parallel: int | None) -> dict[str, str]
             cluster.log_to_stdout()
             torch.set_num_threads(threads)
             device = "cuda" if torch.cuda.is_available() else "cpu"
-            self.worker = Worker(Comm(), device, logging.getLogger(__name__).info)
+            self.worker = Worker(
+                Comm(),
+                device,
+                logging.getLogger(__name__).info,
+                lambda run: opened(dataset_of(run), run.seed),
+            )
 
         def do(self, run: dict[str, Any]) -> str | None:
             try:

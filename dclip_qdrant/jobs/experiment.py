@@ -14,14 +14,16 @@ import safetensors.torch
 
 from dclip_qdrant.detectors import build
 from dclip_qdrant.errors import UsageError
-from dclip_qdrant.jobs import train_runs
+from dclip_qdrant.jobs import cluster, train_runs
 from dclip_qdrant.jobs.comparison import same_budget
 from dclip_qdrant.jobs.extract_regions import extract_regions
 from dclip_qdrant.jobs.features import FeatureRequest, extract_features
+from dclip_qdrant.jobs.needs import Shape, trunk_widths
 from dclip_qdrant.jobs.request import (
     Request,
     check_out,
     check_pictures,
+    check_reader,
     check_teach,
     labelled_fingerprint,
 )
@@ -43,6 +45,7 @@ from dclip_qdrant.training.student_task import Weighted, reads_regions
 logger = logging.getLogger(__name__)
 
 NEEDED = ("torch", "open_clip", "ray", "onnx", "onnxscript", "safetensors")
+GUESSED_CAPTIONS = 5  # a picture, of pairs without a manifest
 WORDING = ("about", "when")  # of a recipe: another wording is not another run
 
 Runner = Callable[[list[Run]], dict[str, str]]  # does runs; why each that failed did, by label
@@ -118,6 +121,7 @@ class Experiment:
             raise UsageError("`compare`", f"two recipes named {twice!r}", "different names")
         check_teach(request)
         check_pictures(request, recipes)
+        check_reader(request, recipes)
         labelled = labelled_fingerprint(request.labelled) if request.labelled else None
         base = two_tower.load(request.base)
         experiment = cls(request, pairs, base, labelled, pick_split(pairs, None), recipes)
@@ -211,6 +215,47 @@ class Experiment:
         request = replace(self.request, base=folder, recipe=recipes[-1], teach=None)
         return replace(self, request=request, base=two_tower.load(folder), recipes=recipes)
 
+    # --- reading
+
+    def shape(self) -> Shape:
+        """What is cached of the pictures of train, for the recipe that is cached most of."""
+        manifest, train = self.pairs.manifest, self.pairs.splits().get("train", 0)
+        total = sum(self.pairs.splits().values())
+        captions = manifest.get("captions", total * GUESSED_CAPTIONS) / max(1, total)
+        image, text = self.trunks_at_rest
+        trunk, text_trunk = trunk_widths(two_tower.load(self.student_name), image=image, text=text)
+        teachers = [recipe.teacher for recipe in self.recipes if recipe.teacher is not None]
+        one_for_all = all(t.fusion == "regions_only" or t.caption == "same" for t in teachers)
+        return Shape(
+            pictures=train,
+            captions=captions,
+            views=max(recipe.train.views for recipe in self.recipes),
+            regions=max((r.regions.top_k + 1 for r in self.recipes if wants_regions(r)), default=0),
+            teacher=self.base.dim,
+            trunk=trunk,
+            text_trunk=text_trunk,
+            targets=(1.0 if one_for_all else captions) if teachers else 0.0,
+        )
+
+    @cached_property
+    def streams(self) -> bool:
+        """Whether training streams: as asked for, or where the pictures of train don't fit into half of the
+        smallest node's memory. Needs a cluster."""
+        if self.request.reader != "auto":
+            return self.request.reader == "stream"
+        limit = cluster.node_memory() / 2
+        needed = self.shape().in_memory(self.request.workers)
+        streams = needed > limit
+        logger.info(
+            "reader: %s (all of train takes %.1f GB of a node, half of the smallest has %.1f)",
+            "stream" if streams else "memory",
+            needed / 1e9,
+            limit / 1e9,
+        )
+        if streams:
+            check_reader(replace(self.request, reader="stream"), self.recipes)
+        return streams
+
     # --- stages
 
     def regions(self) -> Stage:
@@ -239,6 +284,7 @@ class Experiment:
                 student_text=self.trunks_at_rest[1],
                 regions=boxes,
                 seed=seed,
+                pictures=self._sends_pictures,
             ),
             actors=request.actors,
             from_scratch=request.from_scratch,
@@ -251,13 +297,14 @@ class Experiment:
         run = Run(
             kind="teacher",
             root=request.stages,
-            inputs={"features": features.path.name, "teacher": settings, "seed": seed},
+            inputs={"features": features.path.name, "teacher": settings, "seed": seed} | self._read_by,
             recipe=recipe.as_dict(),
             seed=seed,
             base=request.base,
             student=self.student_name,
             pairs=request.pairs,
             features=str(features.path),
+            streams=self.streams,
         )
         cache = Stage(request.stages, "teacher-cache", {"teacher": run.stage.path.name})
         if request.from_scratch:
@@ -345,13 +392,17 @@ class Experiment:
         if not recipe.hubness.on:
             del settings["hubness"]  # off is what there was before there was such a part
         cache = prepared.teacher_cache
-        inputs: dict[str, Any] = asdict(self.facts) | {
-            "recipe": settings,
-            "seed": seed,
-            "features": prepared.features.path.name,
-            "cache": cache.path.name if cache else None,
-            "min_retention": self.request.min_retention,
-        }
+        inputs: dict[str, Any] = (
+            asdict(self.facts)
+            | {
+                "recipe": settings,
+                "seed": seed,
+                "features": prepared.features.path.name,
+                "cache": cache.path.name if cache else None,
+                "min_retention": self.request.min_retention,
+            }
+            | self._read_by
+        )
         if prepared.pictures:
             inputs["pictures"] = prepared.pictures.path.name
         if prepared.others:
@@ -374,7 +425,19 @@ class Experiment:
             labelled=self.request.labelled,
             min_retention=self.request.min_retention,
             split=self.split,
+            streams=self.streams,
         )
+
+    @property
+    def _read_by(self) -> dict[str, str]:
+        """What names a trained run beside what it reads: batches of a stream are others."""
+        return {"reader": "stream"} if self.streams else {}
+
+    @property
+    def _sends_pictures(self) -> bool:
+        """Whether the features hold pictures that are inside the pairs: a stream has no other way to them."""
+        learns = not self.trunks_at_rest[0]
+        return self.streams and learns and self.pairs.hold_pictures()
 
     def run(self, runner: Runner, *, tolerate: Callable[[Recipe, Exception], str] | None = None) -> Outcome:
         """Prepares every recipe and does what is missing of the base's run and every recipe's, seed by seed.

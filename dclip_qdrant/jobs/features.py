@@ -52,6 +52,7 @@ class FeatureRequest:
     student_text: bool = False
     regions: Stage | None = None
     seed: int = 0
+    pictures: bool = False  # with the pictures that are inside the pairs: a streamed run decodes them
 
     @property
     def stage(self) -> Stage:
@@ -72,6 +73,8 @@ class FeatureRequest:
             "normalise": recipe.teacher.normalise_crops if recipe.teacher else None,
             "seed": self.seed,
         }
+        if self.pictures:
+            inputs["pictures"] = True
         return Stage(self.root, "features", inputs)
 
 
@@ -106,6 +109,7 @@ class Featurise:
         recipe: dict[str, Any],
         regions: str | None,
         seed: int,
+        pictures: bool,
         out: str,
         threads: int,
     ) -> None:
@@ -114,6 +118,7 @@ class Featurise:
         self.recipe = Recipe(**recipe)
         self.out = UPath(out)
         self.seed = seed
+        self.pictures = pictures
         self.base = two_tower.load(base).to(self.device)
         own = None
         if student is not None:
@@ -159,8 +164,9 @@ class Featurise:
                 "region_trunk": trunks,
                 "texts": list(text_vectors[said]),
                 "text_trunk": list(text_trunks[said]),
+                "picture": row["image"] if self.pictures else None,
             }
-            nothing = {name: [] for name in plain}
+            nothing = {name: [] for name in plain} | {"picture": None}
             for number in range(len(picture.view_boxes)):
                 facts = {
                     "key": row["key"],
@@ -168,6 +174,7 @@ class Featurise:
                     "crop": picture.view_boxes[number],
                     "flip": picture.flips[number],
                     "split": row["split"],
+                    "uri": row["uri"],
                     "image": view_vectors[view],
                     "trunk": view_trunks[view] if self.image_student is not None else [],
                 }
@@ -260,6 +267,7 @@ def extract_features(request: FeatureRequest, *, actors: int | None, from_scratc
         "recipe": request.recipe.as_dict(),
         "regions": str(request.regions.path) if request.regions else None,
         "seed": request.seed,
+        "pictures": request.pictures,
     }
     map_pairs(
         request.pairs,

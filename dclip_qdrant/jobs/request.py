@@ -8,6 +8,8 @@ from dclip_qdrant.pairs.labelled import Labelled
 from dclip_qdrant.recipe import Recipe
 from dclip_qdrant.tables import storage
 
+READERS = ("auto", "memory", "stream")
+
 
 @dataclass(frozen=True)
 class Request:
@@ -31,11 +33,22 @@ class Request:
     min_retention: float = 1.0
     name: str | None = None
     from_scratch: bool = False
+    reader: str = "auto"  # memory, stream, or whichever fits
 
     @property
     def stages(self) -> str:
         """Where stage folders go; the student and the table stand beside them."""
         return str(storage.as_path(self.out) / "stages")
+
+
+def check_reader(request: Request, recipes: tuple[Recipe, ...]) -> None:
+    """Raises UsageError: an unknown reader, or recipes that only one of them can serve."""
+    if request.reader not in READERS:
+        raise UsageError("`reader`", repr(request.reader), f"one of {', '.join(READERS)}")
+    several = [recipe.name for recipe in recipes if recipe.ensemble.models]
+    if request.reader == "stream" and several:
+        came = f"stream, but {several[0]!r} has several teachers"
+        raise UsageError("`reader`", came, "memory, or a recipe without ensemble.models")
 
 
 def check_out(out: str) -> None:

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray
@@ -25,8 +24,7 @@ from dclip_qdrant.jobs.cluster import (
     threads_for,
 )
 from dclip_qdrant.tables import contracts, storage
-from dclip_qdrant.tables.compact import compact
-from dclip_qdrant.tables.stages import Stage, parts, write_part
+from dclip_qdrant.tables.stages import Stage, part_files, parts
 from dclip_qdrant.training.models import two_tower
 from dclip_qdrant.training.runs import load_teacher
 from dclip_qdrant.training.teacher_task import Spans, fuse
@@ -50,21 +48,25 @@ class TeachFiles:
         self.out = UPath(out)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        counts = []
-        for name in batch["file"]:
-            file = UPath(str(name))
-            with storage.open_for_arrow(file) as f:
-                counts.append(self.write(pq.read_table(f, columns=COLUMNS)))
-            (self.out / f"{file.name}.done").write_bytes(b"")
-        return {"done": np.array(counts)}
+        return {"done": np.array([self.write(UPath(str(name))) for name in batch["file"]])}
 
-    def write(self, table: pa.Table) -> int:
-        """Rows of one features part -> parts of the teacher's cache; how many views."""
-        table = table.filter(pc.field("split") == "train")
-        for start, stop in pieces(table["view"].to_numpy()):
-            rows = table.slice(start, stop - start).to_pylist()
-            write_part(self.out, contracts.TEACHER_CACHE, self._teach(rows))
-        return table.num_rows
+    def write(self, file: UPath) -> int:
+        """One part of the features -> a part of the same name, row group for row group, so that both can be
+        read side by side; how many views."""
+        done = 0
+        with storage.open_for_arrow(file) as f, storage.writing(self.out / file.name) as sink:
+            features = pq.ParquetFile(f)
+            writer = pq.ParquetWriter(sink, contracts.TEACHER_CACHE.schema, compression="zstd")
+            for group in range(features.metadata.num_row_groups):
+                table = features.read_row_group(group, columns=COLUMNS).filter(pc.field("split") == "train")
+                taught: list[Row] = []
+                for start, stop in pieces(table["view"].to_numpy()):
+                    taught += self._teach(table.slice(start, stop - start).to_pylist())
+                own = contracts.TEACHER_CACHE.table(taught)
+                writer.write_table(own, row_group_size=max(1, own.num_rows))
+                done += own.num_rows
+            writer.close()
+        return done
 
     def _teach(self, rows: list[Row]) -> list[Row]:
         plain_of = {row["key"]: row for row in rows if row["view"] == 0}
@@ -145,9 +147,7 @@ def cache_teacher(stage: Stage, features: Stage, *, base: str, teacher: UPath, a
         logger.info("teacher cache: reused %s", stage.path.name)
         return
     stage.path.mkdir(parents=True, exist_ok=True)
-    done = {p.name for p in stage.path.glob("part-*.done")}
-    files = sorted(features.path.glob("part-*.parquet"), key=str)
-    waiting = [file for file in files if f"{file.name}.done" not in done]
+    waiting = [file for file in part_files(features.path) if not (stage.path / file.name).exists()]
     if waiting:
         size = pool_size(actors)
         quiet_data_context()
@@ -172,7 +172,6 @@ def cache_teacher(stage: Stage, features: Stage, *, base: str, teacher: UPath, a
         table["split"].to_pylist().count("train")
         for table in parts(features.path, contracts.FEATURES, ["split"])
     )
-    compact(stage.path, contracts.TEACHER_CACHE)
     rows = sum(table.num_rows for table in parts(stage.path, contracts.TEACHER_CACHE, ["key"]))
     if rows != wanted:
         came = f"{rows:,} of {wanted:,} views came out of this stage"

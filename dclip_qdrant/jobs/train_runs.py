@@ -11,10 +11,11 @@ from typing import Any
 from upath import UPath
 
 from dclip_qdrant import errors
-from dclip_qdrant.errors import DclipError, UsageError
-from dclip_qdrant.jobs.cluster import cpus, gpus
+from dclip_qdrant.errors import UsageError
+from dclip_qdrant.jobs.cluster import cpus, gpus, own_error
 from dclip_qdrant.tables.storage import as_path, write_text
 from dclip_qdrant.training.runs import Run, Worker
+from dclip_qdrant.training.streaming import OpenEpoch
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +28,7 @@ def _work(config: dict[str, Any]) -> None:
     import ray.train
     import torch
 
+    from dclip_qdrant.jobs.stream import opened
     from dclip_qdrant.training.distributed import Comm
 
     comm = Comm.current()
@@ -41,15 +43,22 @@ def _work(config: dict[str, Any]) -> None:
     complaint = UPath(config["complaint"])
     if complaint.exists():
         return  # Ray starts everything once more after an error; this one would come again
-    worker = Worker(comm, device, log)
+
+    def open_stream(run: Run) -> OpenEpoch:
+        return opened(ray.train.get_dataset_shard(run.stage.path.name), run.seed + comm.rank)
+
+    worker = Worker(comm, device, log, open_stream)
     try:
         for raw in config["runs"]:
             run = Run(**raw)
             worker.do(run)
             ray.train.report({"label": run.label})
-    except DclipError as e:
-        write_text(complaint, e.as_json())
-        raise
+    except Exception as e:
+        own = own_error(e)  # one that a task of Ray Data met comes wrapped
+        if own is None:
+            raise
+        write_text(complaint, own.as_json())
+        raise own from None
     finally:
         worker.close()
 
@@ -78,10 +87,16 @@ def run_in_order(runs: Sequence[Run], *, workers: int, storage: str) -> dict[str
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    from dclip_qdrant.jobs.stream import dataset_of
+
     use_gpu = gpus() > 0
     most, unit = (gpus(), "GPUs") if use_gpu else (cpus(), "CPUs")
     if workers > most:
         raise UsageError("`workers`", f"{workers} on a cluster of {most} {unit}", f"at most {most}")
+    streamed = [run for run in waiting if run.streams]
+    if streamed and not use_gpu and workers >= most:
+        came = f"{workers} on a cluster of {most} CPUs, with a reader that streams"
+        raise UsageError("`workers`", came, f"at most {most - 1}: reading needs a CPU too")
     name = f"runs-{time.time_ns()}"
     complaint = as_path(storage) / f"{name}-error.json"
     resources = {"CPU": 1.0} | ({"GPU": 1.0} if use_gpu else {})
@@ -90,6 +105,7 @@ def run_in_order(runs: Sequence[Run], *, workers: int, storage: str) -> dict[str
         train_loop_config={"runs": [run.as_dict() for run in waiting], "complaint": str(complaint)},
         scaling_config=ScalingConfig(num_workers=workers, use_gpu=use_gpu, resources_per_worker=resources),
         torch_config=TorchConfig(timeout_s=GIVE_UP_S),
+        datasets={run.stage.path.name: dataset_of(run) for run in streamed},
         run_config=RunConfig(
             name=name,
             storage_path=storage,

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -64,14 +65,25 @@ class Pairs:
     def fingerprint(self) -> str:
         return self.manifest["fingerprint"]
 
-    def table(self, columns: list[str], splits: tuple[str, ...] | None = None) -> pa.Table:
-        """The named columns, of the named splits, in file order."""
-        parts = []
+    def table(
+        self,
+        columns: list[str],
+        splits: tuple[str, ...] | None = None,
+        *,
+        rows: np.ndarray | None = None,
+    ) -> pa.Table:
+        """The named columns, of the named splits, in file order; `rows`: only these positions among them,
+        ascending."""
+        parts, before = [], 0
         for file in self.files:
             with storage.open_for_arrow(file) as f:
                 table = pq.read_table(f, columns=_with_split(columns))
             if splits:
                 table = table.filter(pc.field("split").isin(splits))
+            count = table.num_rows
+            if rows is not None:
+                table = table.take(rows[(rows >= before) & (rows < before + count)] - before)
+            before += count
             parts.append(table.select(columns))
         return pa.concat_tables(parts)
 

@@ -13,7 +13,7 @@ from dclip_qdrant.tables.contracts import Contract
 from dclip_qdrant.tables.stages import part_files
 
 ROWS = 10_000  # of a part, at least, but for the last one
-GROUP_ROWS = 512  # of a row group: what a reader holds at a time
+GROUP_ROWS = 512  # of a row group, at least, but for the last one: what a reader holds at a time
 
 
 def compact(folder: UPath, contract: Contract, *, rows: int = ROWS) -> None:
@@ -47,10 +47,15 @@ def _merge(folder: UPath, contract: Contract, files: list[UPath]) -> None:
     storage.write_json(note, {"target": target.name, "parts": names})
     with storage.writing(target) as sink:
         writer = pq.ParquetWriter(sink, contract.schema, compression="zstd")
+        # whole parts go into a row group, so that it holds all views of its pictures
+        group: list[pa.Table] = []
         for file in files:
             with storage.open_for_arrow(file) as f:
-                table = pq.read_table(f).cast(contract.schema)
-            writer.write_table(pa.table(table), row_group_size=GROUP_ROWS)
+                group.append(pq.read_table(f).cast(contract.schema))
+            if sum(table.num_rows for table in group) >= GROUP_ROWS or file is files[-1]:
+                table = pa.concat_tables(group)
+                writer.write_table(table, row_group_size=table.num_rows)
+                group = []
         writer.close()
     _finish(folder, note)
 

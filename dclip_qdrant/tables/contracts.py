@@ -122,12 +122,18 @@ _VIEW = {
 
 FEATURES = Contract(
     "features",
-    2,
+    3,
     "what the frozen base model sees in one stored view of one picture",
     {
         **_VIEW,
         "split": (pa.string(), "train, val or test"),
-        "captions": (pa.list_(pa.string()), "the picture's captions"),
+        "captions": (pa.list_(pa.string()), "the picture's captions; in view 0 alone"),
+        "uri": (pa.string(), "where the picture is"),
+        "picture": (
+            pa.binary(),
+            "the encoded picture, where training streams and decodes it and the pairs hold it; in view 0 "
+            "alone, else null",
+        ),
         "image": (pa.list_(pa.float32()), "the base model's feature of the view, not normalised"),
         "regions": (
             pa.list_(pa.list_(pa.float32())),

@@ -1,17 +1,17 @@
-"""Training data in one worker: captions and cached vectors in memory, pictures memory-mapped or read from
+"""Training data in one worker: captions and cached vectors as arrays, pictures memory-mapped or read from
 where they are.
 
-Ray Data makes the caches (regions, features, teacher vectors); training then reads them by index, not as a
-stream. That is what makes a resumed run exact and any number of workers see the same batches
-(`training/loop.py`).
+A `Cache` holds a whole split (the exact reader, `training/reading.py`) or one batch (the streamed reader,
+`training/streaming.py`).
 Memory: vectors are held as float16, 2 bytes x width x (captions + views) a picture: 0.35 GB for 67,500
 pictures of 5 captions at width 512; once a node where there are several workers (node_cache.py).
 """
 
 import tempfile
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +34,18 @@ class Pictures:
     Those inside Parquet are copied once a node into an uncompressed Arrow file and memory-mapped.
     """
 
-    def __init__(self, pairs: Pairs, split: str) -> None:
-        table = pairs.table(["key", "uri"], (split,))
+    def __init__(self, pairs: Pairs, split: str, rows: np.ndarray | None = None) -> None:
+        """`rows`: positions within the split, ascending; None for all."""
+        self._pairs, self._split = pairs, split
+        table = pairs.table(["key", "uri"], (split,), rows=rows)
         self.keys: list[str] = table["key"].to_pylist()
         self.uris: list[str] = table["uri"].to_pylist()
-        self._mapped = _map_pictures(pairs, split) if pairs.hold_pictures() else None
-        self._rows = list(range(len(self.keys)))  # of the mapped column
+        self._rows = list(range(len(self.keys))) if rows is None else rows.tolist()  # of the mapped column
+
+    @cached_property
+    def _mapped(self) -> pa.ChunkedArray | None:
+        """Pictures that stand in the pairs themselves; made when the first one is asked for."""
+        return _map_pictures(self._pairs, self._split) if self._pairs.hold_pictures() else None
 
     def keep(self, rows: list[int]) -> None:
         """Leaves out all but these rows."""
@@ -121,6 +127,37 @@ def load_cache(
     Raises:
         InputError: a picture that the cache doesn't have.
     """
+    return build_cache(
+        keys,
+        captions,
+        lambda columns: parts(features, FEATURES, columns),
+        None if teacher is None else (lambda columns: parts(teacher, TEACHER_CACHE, columns)),
+        where=features,
+        need=need,
+        allocate=allocate,
+    )
+
+
+Tables = Callable[[list[str]], Iterable[pa.Table]]  # columns -> tables of these columns, read anew each time
+
+
+def build_cache(
+    keys: list[str],
+    captions: list[int],
+    features: Tables,
+    teacher: Tables | None,
+    *,
+    where: object,
+    need: tuple[str, ...],
+    regions: int = 0,
+    allocate: Allocate = in_memory,
+) -> Cache:
+    """The cache of these pictures from tables in the features contract (and in the teacher's), with room for
+    at least `regions` regions a picture.
+
+    Raises:
+        InputError: a picture that the tables don't have.
+    """
     row_of = {key: i for i, key in enumerate(keys)}
     first = np.concatenate([[0], np.cumsum(captions)]).astype(np.int64)
     sizes = _sizes(features, row_of, regions=bool(set(need) & set(REGION_COLUMNS)))
@@ -128,7 +165,7 @@ def load_cache(
     shapes: dict[str, tuple[int, ...]] = {
         **dict.fromkeys(("crop", "trunk", "image"), (n, sizes.views)),
         **dict.fromkeys(TEXT_COLUMNS, (int(first[-1]),)),
-        **dict.fromkeys(REGION_COLUMNS, (n, max(sizes.regions, 1))),
+        **dict.fromkeys(REGION_COLUMNS, (n, max(sizes.regions, regions, 1))),
     }
     arrays: dict[str, Any] = {}
 
@@ -144,7 +181,7 @@ def load_cache(
     flip = allocate("flip", (n, sizes.views), bool)
     region_mask = allocate("region_mask", shapes["regions"], bool) if "regions" in need else None
     filled = np.zeros(n, bool)
-    for table in parts(features, FEATURES, ["key", "view", "crop", "flip", "trunk", "image", *need]):
+    for table in features(["key", "view", "crop", "flip", "trunk", "image", *need]):
         own = [i for i, key in enumerate(table["key"].to_pylist()) if key in row_of]
         if not own:
             continue
@@ -173,7 +210,10 @@ def load_cache(
     if not filled.all():
         lost = keys[int(np.argmin(filled))]
         do = "run it again with `from_scratch`"
-        raise InputError(features, f"no features of {lost!r}", "every picture of the split", do)
+        raise InputError(where, f"no features of {lost!r}", "every picture of the split", do)
+    for name, like in (("regions", "image"), ("region_trunk", "trunk")):
+        if regions and name in arrays and not arrays[name].shape[-1]:  # no picture of this batch has any
+            array(name, arrays[like].shape[-1])
     return Cache(
         keys=keys,
         flip=flip,
@@ -190,10 +230,10 @@ class Sizes:
     regions: int  # of the picture that has most
 
 
-def _sizes(features: UPath, row_of: dict[str, int], *, regions: bool) -> Sizes:
+def _sizes(features: Tables, row_of: dict[str, int], *, regions: bool) -> Sizes:
     """How large the arrays must be, from two narrow columns."""
     views = most = 0
-    for table in parts(features, FEATURES, ["key", "view", *(("region_boxes",) if regions else ())]):
+    for table in features(["key", "view", *(("region_boxes",) if regions else ())]):
         views = max(views, 1 + max(table["view"].to_pylist(), default=-1))
         if regions:
             own = np.array([key in row_of for key in table["key"].to_pylist()], bool)
@@ -203,12 +243,12 @@ def _sizes(features: UPath, row_of: dict[str, int], *, regions: bool) -> Sizes:
 
 
 def _load_teacher(
-    teacher: UPath, row_of: dict[str, int], views: int, most_captions: int, allocate: Allocate
+    teacher: Tables, row_of: dict[str, int], views: int, most_captions: int, allocate: Allocate
 ) -> np.ndarray | None:
     """[N, V, C, D] float16 from the teacher cache, zero beyond a picture's captions; None where it has
     none."""
     out: np.ndarray | None = None
-    for table in parts(teacher, TEACHER_CACHE, ["key", "view", "teacher_image"]):
+    for table in teacher(["key", "view", "teacher_image"]):
         values, counts = nested(table["teacher_image"])
         starts = np.concatenate([[0], np.cumsum(counts)])
         keys, view_numbers = table["key"].to_pylist(), table["view"].to_pylist()

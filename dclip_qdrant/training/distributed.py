@@ -71,6 +71,14 @@ class Comm:
         dist.all_gather_object(shares, own)
         return [shares[i % self.world][i // self.world] for i in range(len(items))]
 
+    def agree(self, all_of: bool, any_of: bool, device: str = "cpu") -> tuple[bool, bool]:
+        """Whether every rank says the first, and whether any rank says the second."""
+        if self.world == 1:
+            return all_of, any_of
+        said = torch.tensor([int(all_of), int(not any_of)], device=device)
+        dist.all_reduce(said, dist.ReduceOp.MIN)
+        return bool(said[0]), not bool(said[1])
+
     def barrier(self) -> None:
         if self.world > 1:
             dist.barrier()

@@ -46,6 +46,11 @@ class PictureSet:
                 yield batch
 
 
+def spread(count: int, most: int | None = None) -> np.ndarray:
+    """Positions of no more than `most` of `count` pictures, evenly spread."""
+    return np.unique(np.linspace(0, count - 1, min(most or count, count)).astype(int))
+
+
 class EvalSet:
     """A split of pairs, ready to be evaluated again and again: what the towers' frozen parts say of it is
     computed once."""
@@ -62,23 +67,19 @@ class EvalSet:
     ) -> None:
         """`most`: no more pictures than these, evenly spread over the split. `half`: 0 for every other
         picture from the first on, 1 for the rest."""
-        pictures = Pictures(pairs, split)
-        rows = np.unique(
-            np.linspace(0, len(pictures) - 1, min(most or len(pictures), len(pictures))).astype(int)
-        )
+        rows = spread(pairs.splits().get(split, 0), most)
         if half is not None:
             rows = rows[half::2]
-        captions = pairs.table(["captions"], (split,))["captions"].to_pylist()
-        self.captions: list[list[str]] = [captions[i] for i in rows]
+        pictures = Pictures(pairs, split, rows)
+        captions = pairs.table(["captions"], (split,), rows=rows)
+        self.captions: list[list[str]] = captions["captions"].to_pylist()
         self.owner = np.repeat(np.arange(len(self.captions)), [len(c) for c in self.captions])
         self.cache = (
-            load_cache(
-                [pictures.keys[i] for i in rows], [len(c) for c in self.captions], features, need=TEXT_COLUMNS
-            )
+            load_cache(pictures.keys, [len(c) for c in self.captions], features, need=TEXT_COLUMNS)
             if features is not None
             else None
         )
-        self.decoded = PictureSet(lambda i: pictures.load(int(rows[i])), len(rows))
+        self.decoded = PictureSet(pictures.load, len(rows))
         self.device = device
 
     def vectors(

@@ -1,25 +1,23 @@
-"""The training loop: plain torch. A task says what a batch is and what its loss is; the loop steps, gathers,
-caches gradients and resumes.
+"""The training loop: plain torch. A reader says which pictures come, a task what a batch of them is and what
+its loss is; the loop steps, gathers, caches gradients and resumes.
 
-Every draw (order, caption, view) follows from (seed, epoch, picture), never from a running generator: a
-resumed run sees the batches that the unbroken one would have seen, and any number of workers sees the same
-ones.
+Every draw (caption, view) follows from (seed, epoch, picture), never from a running generator.
 """
 
 import logging
 import math
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from dclip_qdrant.errors import DclipError
 from dclip_qdrant.training.checkpoint import Checkpoints
 from dclip_qdrant.training.distributed import Comm
+from dclip_qdrant.training.reading import Drawn, InMemory, Reader
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +36,7 @@ class Task(Protocol):
 
     def begin(self, epoch: int) -> None: ...  # before an epoch's first step: lets towers learn or rest
 
-    def batch(self, index: np.ndarray, epoch: int) -> Any: ...  # loaded on another thread; slices with `part`
+    def batch(self, drawn: Any, epoch: int) -> Any: ...  # loaded on another thread; slices with `part`
 
     def part(self, batch: Any, start: int, stop: int) -> Any: ...
 
@@ -49,13 +47,6 @@ class Task(Protocol):
     def loss(
         self, live: Vectors, fixed: Vectors
     ) -> tuple[Tensor, dict[str, float]]: ...  # of the whole batch
-
-
-def order(n: int, batch: int, *, seed: int, epoch: int) -> np.ndarray:
-    """[steps, batch] picture indices of an epoch; what doesn't fill a batch waits for another epoch's
-    shuffle."""
-    shuffled = np.random.default_rng([seed, epoch]).permutation(n)
-    return shuffled[: n // batch * batch].reshape(-1, batch)
 
 
 def fit(
@@ -69,6 +60,7 @@ def fit(
     clip_norm: float | None,
     checkpoint_s: float,
     seed: int,
+    reader: Reader | None = None,
     optimizer: str = "adamw",
     l2_sp: float = 0.0,
     ema: float = 0.0,
@@ -80,14 +72,16 @@ def fit(
 ) -> list[dict[str, float]]:
     """Trains to the end, from the newest checkpoint if there is one; the history, one row an epoch.
 
+    `reader`: where batches come from; None: positions in the task's own rows, by `seed`.
+
     Raises:
         DclipError: the loss is no longer finite.
     """
-    comm = comm or Comm()
-    batch_size = min(batch_size, task.size) // comm.world * comm.world
+    comm, reader = comm or Comm(), reader or InMemory(task.size, seed)
+    batch_size = min(batch_size, reader.size) // comm.world * comm.world
     if batch_size == 0:
-        raise ValueError(f"{task.size} pictures are too few for {comm.world} workers")
-    steps = task.size // batch_size
+        raise ValueError(f"{reader.size} pictures are too few for {comm.world} workers")
+    steps = reader.size // batch_size
     towers = [p for p in task.modules.parameters() if p.requires_grad]
     learned = [p for p in task.objectives.parameters() if p.requires_grad]
     groups = task.groups() + (
@@ -113,39 +107,56 @@ def fit(
             saved["history"],
             saved["sums"],
         )
+        reader.restore(saved.get("reader", {}))
         log(f"resumed at epoch {first_epoch + 1}, step {first_step} of {steps}")
 
     def save(epoch: int, step: int) -> None:
-        if checkpoints and comm.rank == 0:
-            params = [p.detach().cpu() for p in [*towers, *learned, *average]]
-            checkpoints.save(
-                epoch * steps + step,
-                {
-                    "params": params,
-                    "optimizer": opt.state_dict(),
-                    "epoch": epoch,
-                    "step": step,
-                    "history": history,
-                    "sums": sums,
-                },
-            )
+        """All ranks call it; the first one writes."""
+        if not checkpoints:
+            return
+        progress = reader.state(comm) if step else {}
+        if comm.rank:
+            return
+        params = [p.detach().cpu() for p in [*towers, *learned, *average]]
+        checkpoints.save(
+            epoch * steps + step,
+            {
+                "params": params,
+                "optimizer": opt.state_dict(),
+                "epoch": epoch,
+                "step": step,
+                "history": history,
+                "sums": sums,
+                "reader": progress,
+            },
+        )
 
     last_save = last_logged = time.monotonic()
     with ThreadPoolExecutor(1) as ahead:  # the next batch is read while this one trains
         for epoch in range(first_epoch, epochs):
-            rows = order(task.size, batch_size, seed=seed, epoch=epoch)[:, comm.rank :: comm.world]
             began = time.monotonic()
             task.begin(epoch)
-            coming = ahead.submit(task.batch, rows[first_step], epoch) if first_step < steps else None
-            for step in range(first_step, steps):
-                assert coming is not None  # while there are steps
-                batch = coming.result()
-                coming = ahead.submit(task.batch, rows[step + 1], epoch) if step + 1 < steps else None
+            step = first_step
+            drawn = reader.batches(epoch, first_step, batch_size, comm)
+            coming: Future = ahead.submit(_next, drawn, task, epoch)
+            while step < steps:
+                ready = coming.result()
+                saves = step > first_step and time.monotonic() - last_save > checkpoint_s
+                goes_on = ready is not None
+                if not reader.even:  # one rank may have no batch left, and all must save together
+                    goes_on, saves = comm.agree(goes_on, saves, device)
+                if ready is None or not goes_on:
+                    break
+                if saves:
+                    save(epoch, step)
+                    last_save = time.monotonic()
+                coming = ahead.submit(_next, drawn, task, epoch)
+                read, batch = ready
                 factor = rate(epoch * steps + step, epochs * steps, warmup, schedule)
                 for g, lr in zip(opt.param_groups, base_lr, strict=True):
                     g["lr"] = lr * factor
                 opt.zero_grad(set_to_none=True)
-                value, terms = gradients(task, batch, len(rows[step]), chunk_size, comm, device)
+                value, terms = gradients(task, batch, batch_size // comm.world, chunk_size, comm, device)
                 if not math.isfinite(value):
                     came = f"the loss is {value} at epoch {epoch + 1}, step {step + 1}"
                     raise DclipError("training", came, "a finite number", "lower the learning rate")
@@ -165,15 +176,20 @@ def fit(
                         a.lerp_(p, 1 - ema)
                 for k, v in {"loss": value, **terms}.items():
                     sums[k] = sums.get(k, 0.0) + v
+                reader.trained(read)
+                step += 1
                 now = time.monotonic()
                 if now - last_logged > 10:
-                    log(f"epoch {epoch + 1}/{epochs} step {step + 1}/{steps} loss {value:.4f}")
+                    log(f"epoch {epoch + 1}/{epochs} step {step}/{steps} loss {value:.4f}")
                     last_logged = now
-                if now - last_save > checkpoint_s and step + 1 < steps:
-                    save(epoch, step + 1)
-                    last_save = now
+            coming.result()
+            for _ in drawn:  # what doesn't fill a batch on every rank
+                pass
+            if step < steps:
+                log(f"epoch {epoch + 1}/{epochs}: {step} of {steps} batches, the rest is left for others")
             seconds = time.monotonic() - began
-            row = {k: v / steps for k, v in sums.items()} | {"epoch": epoch + 1, "seconds": round(seconds, 2)}
+            row = {k: v / max(1, step) for k, v in sums.items()}
+            row |= {"epoch": epoch + 1, "seconds": round(seconds, 2)}
             if after_epoch and comm.rank == 0:
                 row |= after_epoch(epoch)
             comm.barrier()
@@ -195,6 +211,12 @@ def fit(
         for p, a in zip(towers, average, strict=True):
             p.data.copy_(a)
     return history
+
+
+def _next(drawn: Iterator[Drawn], task: Task, epoch: int) -> tuple[Drawn, Any] | None:
+    """The next batch, and the pictures that it was made from; None at an epoch's end."""
+    read = next(drawn, None)
+    return None if read is None else (read, task.batch(read, epoch))
 
 
 def rate(step: int, total: int, warmup: float, schedule: str) -> float:

@@ -24,14 +24,21 @@ from dclip_qdrant.training import hubness, rotation
 from dclip_qdrant.training.checkpoint import Checkpoints
 from dclip_qdrant.training.data import REGION_COLUMNS, TEXT_COLUMNS, Cache, Pictures, load_cache
 from dclip_qdrant.training.distributed import Comm
-from dclip_qdrant.training.evaluate import EvalSet, LabelledSet
+from dclip_qdrant.training.evaluate import EvalSet, LabelledSet, spread
 from dclip_qdrant.training.figures import Figures, RunFigures, SweepPoint, save_ranks
 from dclip_qdrant.training.loop import Log, fit
 from dclip_qdrant.training.models import two_tower
 from dclip_qdrant.training.models.region_teacher import RegionTeacher
 from dclip_qdrant.training.node_cache import NodeCaches
-from dclip_qdrant.training.student_task import StudentTask, Uncaptioned, reads_regions
+from dclip_qdrant.training.reading import InMemory, Reader, Rows
+from dclip_qdrant.training.streaming import OpenEpoch, Streamed, first_rows
+from dclip_qdrant.training.student_batch import Uncaptioned
+from dclip_qdrant.training.student_task import StudentTask, reads_regions
 from dclip_qdrant.training.teacher_task import TeacherTask, fuse
+
+# of a streamed run, where not all pictures of train are in memory
+PHRASES_FROM = 20_000  # pictures whose captions phrases are taken from
+TURNED_ON = 20_000  # pictures that the rotation for an index is learned on
 
 
 @dataclass(frozen=True)
@@ -56,6 +63,7 @@ class Run:
     labelled: str | None = None
     min_retention: float = 1.0
     split: str = "test"
+    streams: bool = False  # reads its batches as a stream instead of holding the split in memory
 
     @property
     def stage(self) -> Stage:
@@ -75,8 +83,12 @@ class Worker:
     """Does runs one after another and keeps what they share: evaluation sets and what frozen towers say of
     them."""
 
-    def __init__(self, comm: Comm, device: str, log: Log) -> None:
+    def __init__(
+        self, comm: Comm, device: str, log: Log, open_stream: Callable[[Run], OpenEpoch] | None = None
+    ) -> None:
+        """`open_stream`: this rank's share of what a run streams."""
         self.comm = comm
+        self._open_stream = open_stream
         self.device = device
         self.log = log
         self._eval_sets: dict[tuple[str, str, str, int | None, int | None], EvalSet] = {}
@@ -182,10 +194,8 @@ class Worker:
     def _teacher(self, run: Run, log: Log) -> None:
         cfg = TeacherSettings(**run.recipe["teacher"])
         base = two_tower.load(run.base)
-        captions = Pairs.open(run.pairs).table(["key", "captions"], ("train",))
-        lists = captions["captions"].to_pylist()
-        cache = self._cache(captions["key"].to_pylist(), [len(c) for c in lists], UPath(run.features))
-        task = TeacherTask(cfg, base, lists, cache, seed=run.seed, device=self.device)
+        rows, reader = self._train_rows(run)
+        task = TeacherTask(cfg, base, rows.captions, rows.cache, seed=run.seed, device=self.device)
         checkpoints = Checkpoints(run.stage.path / "checkpoints")
         began = time.monotonic()
         history = fit(
@@ -198,6 +208,7 @@ class Worker:
             clip_norm=1.0,
             checkpoint_s=60.0,
             seed=run.seed,
+            reader=reader,
             optimizer=cfg.optimizer,
             comm=self.comm,
             checkpoints=checkpoints,
@@ -212,7 +223,7 @@ class Worker:
         gate = task.modules.gate
         run.stage.finish(
             config=run.recipe["teacher"],
-            dim=cache.image.shape[-1],
+            dim=rows.cache.image.shape[-1],
             history=history,
             seconds=round(time.monotonic() - began, 1),
             gate=None if gate is None else gate.item(),
@@ -288,40 +299,38 @@ class Worker:
         recipe = Recipe(**run.recipe)
         model = two_tower.load(run.student)
         pairs = Pairs.open(run.pairs)
-        pictures = Pictures(pairs, "train")
-        captions = pairs.table(["captions"], ("train",))["captions"].to_pylist()
-        counts = [len(c) for c in captions]
-        need = (*TEXT_COLUMNS, *REGION_COLUMNS) if reads_regions(recipe) else TEXT_COLUMNS
-        teacher = UPath(run.teacher) if run.teacher else None
-        cache = self._cache(pictures.keys, counts, UPath(run.features), teacher, need=need)
-        cache.others = tuple(
-            cache if other == "base" else self._cache(pictures.keys, counts, UPath(other), need=("texts",))
-            for other in run.others
-        )
+        rows, reader = self._train_rows(run)
+        captions = rows.captions
+        if run.streams:  # what phrases are taken from
+            some = spread(pairs.splits()["train"], PHRASES_FROM)
+            captions = pairs.table(["captions"], ("train",), rows=some)["captions"].to_pylist()
         start = model.weights()
         task = StudentTask(
             model,
             recipe,
-            pictures,
+            rows.pictures,
             captions,
-            cache,
+            rows.cache,
             seed=run.seed,
             same_base=run.student == run.base,
             base=lambda: two_tower.load(run.base),
             uncaptioned=self._uncaptioned(run, pairs, log) if recipe.train.picture_share else None,
             device=self.device,
+            streamed=run.streams,
         )
         learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
         if self.comm.rank == 0:
             resting = [
-                name for name, rests in (("image", task.use_trunk), ("text", task.text_trunk)) if rests
+                name
+                for name, rests in (("image", task.resting.image), ("text", task.resting.text_trunk))
+                if rests
             ]
             frozen = f", trunks that are frozen and cached: {', '.join(resting)}" if resting else ""
             log(f"{learning:,} parameters learn{frozen}")
         val = self._choosing(run) if pairs.splits().get("val") else None
 
         def after_epoch(epoch: int) -> dict[str, float]:
-            if val is None or not task.use_trunk:
+            if val is None or not task.resting.image:
                 return {}
             ranks = val.ranks(model, cached_text=task.cached_text)
             return {"val_mean_r@1": metrics.retrieval(ranks, bootstrap=0)["mean_r@1"]}
@@ -338,6 +347,7 @@ class Worker:
             clip_norm=settings.clip_norm,
             checkpoint_s=settings.checkpoint_s,
             seed=run.seed,
+            reader=reader,
             l2_sp=recipe.keep.l2_sp,
             ema=recipe.keep.ema,
             comm=self.comm,
@@ -351,6 +361,32 @@ class Worker:
         return Trained(
             recipe, model, start, model.weights(), cached_text, history, seconds, learning, val, checkpoints
         )
+
+    def _train_rows(self, run: Run) -> tuple[Rows, Reader]:
+        """The pictures of train with what is cached of them, and what gives batches of them; where they are
+        streamed, a few of them."""
+        need = needs(run)
+        # the best boxes, and the whole picture
+        regions = run.recipe["regions"]["top_k"] + 1 if set(need) & set(REGION_COLUMNS) else 0
+        pairs = Pairs.open(run.pairs)
+        features, teacher = UPath(run.features), UPath(run.teacher) if run.teacher else None
+        if run.streams:
+            if self._open_stream is None:
+                raise ValueError("no stream to read from")
+            rows = first_rows(features, teacher, need=need, regions=regions)
+            size = pairs.splits()["train"]
+            stream = self._open_stream(run)
+            return rows, Streamed(stream, size, need=need, regions=regions, where=run.features)
+        pictures = Pictures(pairs, "train")
+        captions = pairs.table(["captions"], ("train",))["captions"].to_pylist()
+        counts = [len(c) for c in captions]
+        cache = self._cache(pictures.keys, counts, features, teacher, need=need)
+        cache.others = tuple(
+            cache if other == "base" else self._cache(pictures.keys, counts, UPath(other), need=("texts",))
+            for other in run.others
+        )
+        rows = Rows(cache, captions, pictures, np.arange(len(captions)))
+        return rows, InMemory(len(captions), run.seed)
 
     def _uncaptioned(self, run: Run, pairs: Pairs, log: Log) -> Uncaptioned | None:
         """The pictures without captions, less those that also stand in val or test."""
@@ -421,7 +457,7 @@ class Worker:
         cfg = trained.recipe.index
         if not cfg.objectives:
             return None
-        train = self._eval_set(run, "train")
+        train = self._eval_set(run, "train", TURNED_ON if run.streams else None)
         image, text = train.vectors(trained.model, cached_text=trained.cached_text, text_map=text_map)
         turn, figures = rotation.learn(image, text, train.owner, cfg, seed=run.seed)
         trained.model.map_outputs(turn.to(self.device), turn.to(self.device))
@@ -460,6 +496,13 @@ class Trained:
     learning: int
     val: EvalSet | None
     checkpoints: Checkpoints
+
+
+def needs(run: Run) -> tuple[str, ...]:
+    """The columns of the features that a run trains from, beside those of its views."""
+    if run.kind == "teacher":
+        return ("regions", "texts")
+    return (*TEXT_COLUMNS, *REGION_COLUMNS) if reads_regions(Recipe(**run.recipe)) else TEXT_COLUMNS
 
 
 def _ratio(own: np.ndarray, base: np.ndarray) -> float:

@@ -1,9 +1,6 @@
 """What a student's run trains: towers of a TwoTower under the objectives that the recipe names."""
 
-import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,33 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from dclip_qdrant.errors import RecipeError
-from dclip_qdrant.pictures.preprocess import Preprocess
 from dclip_qdrant.recipe import ObjectiveSettings, Recipe
-from dclip_qdrant.training.data import Cache, Decoded, Pictures, apply_view, draw, in_view
+from dclip_qdrant.training.data import Cache
 from dclip_qdrant.training.encoded import Encoded
 from dclip_qdrant.training.loop import Vectors
 from dclip_qdrant.training.models.two_tower import TwoTower
 from dclip_qdrant.training.objectives import build
 from dclip_qdrant.training.phrase_bank import PhraseBank
-
-DECODED_BYTES = 2 << 30  # a worker; 14,000 pictures of 224 x 224
-
-
-@dataclass
-class StudentBatch:
-    """N pictures, C captions each. `images`: pixels [N, S, S, 3] uint8, or trunk features [N, F]; `texts`:
-    token ids [N * C, L], features below the projection [N * C, W], or vectors [N * C, D].
-
-    `fixed`: what doesn't learn, by the name it has in `Encoded` ("image" and "text" are the teacher's,
-    "image.0" the first other teacher's).
-    """
-
-    images: Tensor
-    texts: Tensor
-    fixed: Vectors
-    crops: Tensor | None = None  # R crops, as `images`
-    spans: Tensor | None = None  # token ids [P, L]
-    pictures: Tensor | None = None  # E pictures without captions, as `images`
+from dclip_qdrant.training.reading import Drawn, Loads, Rows
+from dclip_qdrant.training.student_batch import Batches, Resting, StudentBatch, Uncaptioned
 
 
 class Weighted(nn.Module):
@@ -62,14 +41,6 @@ class Weighted(nn.Module):
         return total, {n: v.item() for n, v in zip(self.names, values, strict=True)}
 
 
-@dataclass(frozen=True)
-class Uncaptioned:
-    """Pictures without captions, and what the teacher's model says of them."""
-
-    pictures: Pictures
-    cache: Cache
-
-
 WIDTH = 1024  # any that no objective's option exceeds: what objectives read doesn't hang on it
 
 
@@ -84,15 +55,17 @@ class StudentTask:
     """See `loop.Task`. A frozen trunk is never run (its features come from the cache), nor is a frozen text
     tower that is the teacher's own.
 
-    `base` gives the frozen model that phrases and words are held to, for objectives that read them.
+    `pictures`, `captions` and `cache` are all that is trained on; of a streamed run a few of it, which show
+    what the rest is like. `base` gives the frozen model that phrases and words are held to, for objectives
+    that read them.
     """
 
     def __init__(
         self,
         model: TwoTower,
         recipe: Recipe,
-        pictures: Pictures,
-        captions: list[list[str]],
+        pictures: Loads,
+        captions: Sequence[list[str]],
         cache: Cache,
         *,
         seed: int,
@@ -100,16 +73,9 @@ class StudentTask:
         base: Callable[[], TwoTower] | None = None,
         uncaptioned: Uncaptioned | None = None,
         device: str = "cpu",
+        streamed: bool = False,
     ) -> None:
-        self.model, self.recipe, self.pictures, self.captions, self.cache, self.seed, self.device = (
-            model.to(device),
-            recipe,
-            pictures,
-            captions,
-            cache,
-            seed,
-            device,
-        )
+        self.model, self.recipe, self.cache, self.device = model.to(device), recipe, cache, device
         self.size = len(captions)
         s = recipe.student
         torch.manual_seed(seed)  # low-rank starts and projections
@@ -122,14 +88,13 @@ class StudentTask:
         teacher_dim = cache.texts.shape[-1] if cache.texts is not None else model.dim
         self.objectives = Weighted(recipe.objectives, model.dim, teacher_dim).to(device)
         self.reads = self.objectives.reads
-        boxes = cache.regions is not None and cache.region_mask.any()
+        boxes = cache.regions is not None and (streamed or cache.region_mask.any())
         if (recipe.train.region_share or "rois" in self.reads) and not boxes:
             raise RecipeError(
                 recipe.name,
                 "objectives of regions without any region",
                 "a teacher with regions, or train.region_share = 0",
             )
-        self.uncaptioned = uncaptioned
         wants_pictures = bool(recipe.train.picture_share) or "pictures" in self.reads
         if wants_pictures and not (uncaptioned and recipe.train.picture_share and "pictures" in self.reads):
             raise RecipeError(
@@ -137,15 +102,14 @@ class StudentTask:
                 "pictures without captions are asked for, but not given, drawn and learned from",
                 "pictures, train.picture_share above 0 and an objective of pictures",
             )
-        # a cached trunk has one vector a picture: regions inside of it can't be pooled any more
-        self.use_trunk = model.trunk_frozen and cache.trunk.shape[-1] > 0 and "rois" not in self.reads
-        self.cached_text = not self.text_names and same_base and "words" not in self.reads
-        self.text_trunk = (
-            not self.cached_text
-            and model.text_trunk_frozen
-            and cache.text_trunk is not None
-            and cache.text_trunk.shape[-1] > 0
-            and "words" not in self.reads
+        needs_words = "words" in self.reads
+        self.cached_text = not self.text_names and same_base and not needs_words
+        text_trunk = cache.text_trunk is not None and cache.text_trunk.shape[-1] > 0 and not needs_words
+        self.resting = Resting(
+            # a cached trunk has one vector a picture: regions inside of it can't be pooled any more
+            image=model.trunk_frozen and cache.trunk.shape[-1] > 0 and "rois" not in self.reads,
+            text=self.cached_text,
+            text_trunk=not self.cached_text and model.text_trunk_frozen and text_trunk,
         )
         self.base: Any = base().to(device) if base is not None and self.reads & {"spans", "words"} else None
         self.bank = (
@@ -155,9 +119,16 @@ class StudentTask:
             raise RecipeError(
                 recipe.name, "an objective of spans", "train.span_share above 0 and a text tower that learns"
             )
-        ids_wanted = not (self.cached_text or self.text_trunk)
-        self.ids = [] if not ids_wanted else [model.tokens(c).to(torch.int32) for c in captions]
-        self.decoded = Decoded(DECODED_BYTES, ThreadPoolExecutor(max(2, os.cpu_count() or 2)))
+        self._batches = Batches(
+            model,
+            recipe,
+            Rows(cache, captions, pictures, np.arange(len(captions))),
+            reads=self.reads,
+            resting=self.resting,
+            seed=seed,
+            bank=self.bank,
+            uncaptioned=uncaptioned,
+        )
 
     def groups(self) -> list[dict[str, Any]]:
         """Optimizer groups: learning rate by tower and layer; weight decay on matrices alone."""
@@ -201,149 +172,8 @@ class StudentTask:
                 params[name].requires_grad_(phase.towers in (tower, "both"))
                 params[name].grad = None
 
-    def batch(self, index: np.ndarray, epoch: int) -> StudentBatch:
-        t, c = self.recipe.train, self.cache
-        views = min(t.views, c.views)
-        drawn = [draw(self.seed, epoch, int(i), views, len(self.captions[i]), t.captions) for i in index]
-        view = np.array([v for v, _ in drawn])
-        if self.use_trunk:
-            images = torch.from_numpy(c.trunk[index, view])
-        else:
-            images = torch.from_numpy(
-                self.decoded(
-                    list(zip(index.tolist(), view.tolist(), strict=True)),
-                    lambda j: self._pixels(
-                        index[j],
-                        c.crop[index[j], view[j]],
-                        bool(c.flip[index[j], view[j]]),
-                        self.model.preprocess,
-                    ),
-                )
-            )
-        flat = np.concatenate([c.first[i] + caps for i, (_, caps) in zip(index, drawn, strict=True)])
-        if self.cached_text or self.text_trunk:
-            rows = c.texts if self.cached_text else c.text_trunk
-            texts = torch.from_numpy(rows[flat].astype(np.float32))
-        else:
-            ids = [self.ids[i][k] for i, (_, caps) in zip(index, drawn, strict=True) for k in caps]
-            texts = nn.utils.rnn.pad_sequence(ids, batch_first=True)
-        fixed = {"image": self._teacher_image(index, view, drawn), "text": c.texts[flat]}
-        for k, other in enumerate(c.others):
-            fixed |= {f"image.{k}": other.image[index, view], f"text.{k}": other.texts[flat]}
-        if "noise" in self.reads:
-            fixed["noise"] = np.concatenate(
-                [self._rng(epoch, i, 2).standard_normal((t.captions, self.model.dim)) for i in index]
-            )
-        batch = StudentBatch(
-            images, texts, {k: torch.from_numpy(np.asarray(v, np.float32)) for k, v in fixed.items()}
-        )
-        self._add_regions(batch, index, epoch)
-        self._add_uncaptioned(batch, index, epoch)
-        if "rois" in self.reads:
-            self._add_rois(batch, index, view)
-        if self.bank:
-            some = self._rng(epoch, int(index[0]), 3).integers(
-                len(self.bank), size=round(len(index) * t.span_share)
-            )
-            batch.spans, batch.fixed["spans"] = self.bank.ids[some], self.bank.vectors[some]
-        return StudentBatch(
-            images.to(self.device),
-            texts.to(self.device),
-            {k: v.to(self.device) for k, v in batch.fixed.items()},
-            None if batch.crops is None else batch.crops.to(self.device),
-            None if batch.spans is None else batch.spans.to(self.device),
-            None if batch.pictures is None else batch.pictures.to(self.device),
-        )
-
-    def _rng(self, epoch: int, picture: int, stream: int) -> np.random.Generator:
-        """Draws of one kind follow from (seed, epoch, picture) alone."""
-        return np.random.default_rng([self.seed, epoch, int(picture), stream])
-
-    def _teacher_image(
-        self, index: np.ndarray, view: np.ndarray, drawn: list[tuple[int, np.ndarray]]
-    ) -> np.ndarray:
-        """[N, D] the teacher's vector of each picture: the mean over the drawn captions' where it hangs on
-        them, else the base's own feature."""
-        c = self.cache
-        if c.teacher is None:
-            return c.image[index, view]
-        wide = c.teacher.shape[2] > 1
-        return np.stack(
-            [
-                c.teacher[i, v][caps if wide else [0]].astype(np.float32).mean(0)
-                for i, (v, caps) in zip(index, drawn, strict=True)
-            ]
-        )
-
-    def _pick(self, rows: np.ndarray, epoch: int) -> np.ndarray:
-        """One region of each picture, -1 where it has none."""
-        mask = self.cache.region_mask
-        return np.array(
-            [self._rng(epoch, i, 1).choice(np.flatnonzero(mask[i])) if mask[i].any() else -1 for i in rows]
-        )
-
-    def _add_regions(self, batch: StudentBatch, index: np.ndarray, epoch: int) -> None:
-        """Crops of the batch's first pictures (their pixels or trunk features), and what the base made of
-        them."""
-        c, count = self.cache, round(len(index) * self.recipe.train.region_share)
-        if count == 0:
-            return
-        rows = index[:count]
-        pick = self._pick(rows, epoch)
-        there = (pick >= 0)[:, None]
-        batch.fixed["regions"] = torch.from_numpy(
-            np.where(there, c.regions[rows, pick], c.image[rows, 0]).astype(np.float32)
-        )
-        if self.use_trunk:
-            batch.crops = torch.from_numpy(np.where(there, c.region_trunk[rows, pick], c.trunk[rows, 0]))
-            return
-        boxes = np.where(there, c.region_boxes[rows, pick], np.array([0, 0, 1, 1], np.float32))
-        squash = replace(self.model.preprocess, resize_mode="squash")
-        batch.crops = torch.from_numpy(
-            self.decoded(
-                [(i, "region", r) for i, r in zip(rows.tolist(), pick.tolist(), strict=True)],
-                lambda j: self._pixels(rows[j], boxes[j], False, squash),
-            )
-        )
-
-    def _add_uncaptioned(self, batch: StudentBatch, index: np.ndarray, epoch: int) -> None:
-        """Pictures without captions, and the teacher's vectors of the same views."""
-        count = round(len(index) * self.recipe.train.picture_share)
-        if self.uncaptioned is None or count == 0:
-            return
-        cache, pictures = self.uncaptioned.cache, self.uncaptioned.pictures
-        rng = self._rng(epoch, int(index[0]), 4)
-        rows = rng.integers(len(cache.keys), size=count)
-        view = rng.integers(min(self.recipe.train.views, cache.views), size=count)
-        batch.fixed["pictures"] = torch.from_numpy(cache.image[rows, view].astype(np.float32))
-        if self.use_trunk:
-            batch.pictures = torch.from_numpy(cache.trunk[rows, view])
-            return
-
-        def pixels(j: int) -> np.ndarray:
-            shown = apply_view(
-                pictures.load(int(rows[j])), cache.crop[rows[j], view[j]], bool(cache.flip[rows[j], view[j]])
-            )
-            return self.model.preprocess.pixels(shown)
-
-        keys = [("uncaptioned", row, v) for row, v in zip(rows.tolist(), view.tolist(), strict=True)]
-        batch.pictures = torch.from_numpy(self.decoded(keys, pixels))
-
-    def _add_rois(self, batch: StudentBatch, index: np.ndarray, view: np.ndarray) -> None:
-        """Every region of each picture as the student's input shows it ("boxes" [N, R, 4], parts of the
-        input), and what the base made of its crop.
-
-        A box that the view cuts off for more than half is masked.
-        """
-        c, most = self.cache, self.cache.region_boxes.shape[1]
-        crop, flip = np.repeat(c.crop[index, view], most, 0), np.repeat(c.flip[index, view], most)
-        shown, part = in_view(c.region_boxes[index].reshape(-1, 4), crop, flip)
-        batch.fixed["boxes"] = torch.from_numpy(shown.reshape(-1, most, 4))
-        batch.fixed["roi_mask"] = torch.from_numpy(c.region_mask[index] & (part.reshape(-1, most) >= 0.5))
-        batch.fixed["rois"] = torch.from_numpy(c.regions[index].astype(np.float32))
-
-    def _pixels(self, picture: int, crop: np.ndarray, flip: bool, preprocess: Preprocess) -> np.ndarray:
-        return preprocess.pixels(apply_view(self.pictures.load(int(picture)), crop, flip))
+    def batch(self, drawn: Drawn, epoch: int) -> StudentBatch:
+        return self._batches.make(drawn, epoch, self.device)
 
     def part(self, batch: StudentBatch, start: int, stop: int) -> StudentBatch:
         c, n = self.recipe.train.captions, len(batch.images)
@@ -362,7 +192,7 @@ class StudentTask:
     def _image(self, images: Tensor) -> Tensor:
         return (
             self.model.head(images.float())
-            if self.use_trunk
+            if self.resting.image
             else self.model.encode_image(self.model.normalised(images))
         )
 
@@ -398,7 +228,7 @@ class StudentTask:
     def _text(self, texts: Tensor) -> Tensor:
         if self.cached_text:
             return texts
-        if self.text_trunk:
+        if self.resting.text_trunk:
             return self.model.text_head(texts)
         return self.model.encode_text(texts.long())
 

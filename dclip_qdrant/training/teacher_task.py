@@ -1,6 +1,7 @@
 """What a teacher's run trains: cross-attention on frozen features, InfoNCE between the fused vector and
 frozen sentence vectors."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from dclip_qdrant.training.models.region_teacher import RegionTeacher
 from dclip_qdrant.training.models.two_tower import TwoTower
 from dclip_qdrant.training.objectives.info_nce import InfoNce
 from dclip_qdrant.training.phrases import phrases
+from dclip_qdrant.training.reading import Drawn, Nothing, Rows
 
 
 class Spans:
@@ -57,19 +59,22 @@ class TeacherBatch:
 
 class TeacherTask:
     """See `loop.Task`. With caption = "other", a picture's fused caption is never the one it is scored
-    against; a picture that has but one is fused with none."""
+    against; a picture that has but one is fused with none.
+
+    `captions` and `cache` are all that is trained on; of a streamed run a few of it."""
 
     def __init__(
         self,
         cfg: TeacherSettings,
         base: TwoTower,
-        captions: list[list[str]],
+        captions: Sequence[list[str]],
         cache: Cache,
         *,
         seed: int,
         device: str = "cpu",
     ) -> None:
-        self.cfg, self.captions, self.cache, self.seed, self.device = cfg, captions, cache, seed, device
+        self.cfg, self.seed, self.device = cfg, seed, device
+        self.rows = Rows(cache, captions, Nothing(), np.arange(len(captions)))
         self.size = len(captions)
         torch.manual_seed(seed)
         self.modules = RegionTeacher(cache.image.shape[-1], cfg).to(device)
@@ -89,18 +94,19 @@ class TeacherTask:
     def begin(self, epoch: int) -> None:
         """Everything learns from the first epoch to the last."""
 
-    def batch(self, index: np.ndarray, epoch: int) -> TeacherBatch:
-        c = self.cache
+    def batch(self, drawn: Drawn, epoch: int) -> TeacherBatch:
+        rows, index = (drawn, np.arange(len(drawn))) if isinstance(drawn, Rows) else (self.rows, drawn)
+        c = rows.cache
         inside, target, view = [], [], []
-        for i in index:
-            n = len(self.captions[i])
-            v, drawn = draw(self.seed, epoch, int(i), c.views, n, min(2, n))
+        for i in index.tolist():
+            n = len(rows.captions[i])
+            v, chosen = draw(self.seed, epoch, int(rows.numbers[i]), c.views, n, min(2, n))
             a, b = (
-                (drawn[0], drawn[0])
+                (chosen[0], chosen[0])
                 if self.cfg.caption == "same"
-                else (drawn[-1] if n > 1 else None, drawn[0])
+                else (chosen[-1] if n > 1 else None, chosen[0])
             )
-            inside.append("" if a is None else self.captions[i][a])
+            inside.append("" if a is None else rows.captions[i][a])
             target.append(c.first[i] + b)
             view.append(v)
         floats = (c.image[index, view], c.regions[index], c.texts[target])

@@ -12,9 +12,10 @@ from dclip_qdrant.errors import DclipError
 from dclip_qdrant.training.checkpoint import Checkpoints
 from dclip_qdrant.training.distributed import Comm
 from dclip_qdrant.training.encoded import Encoded
-from dclip_qdrant.training.loop import fit, gradients, order, rate
+from dclip_qdrant.training.loop import fit, gradients, rate
 from dclip_qdrant.training.objectives.cosine import Cosine
 from dclip_qdrant.training.objectives.info_nce import InfoNce
+from dclip_qdrant.training.reading import order
 
 N, D = 24, 6
 

@@ -208,7 +208,8 @@ def test_the_sound_teacher_never_fuses_the_caption_it_is_scored_against(tiny):
                     k
                     for k in range(counts[i])
                     if np.allclose(
-                        task.cache.texts[task.cache.first[i] + k].astype(np.float32), batch.target[i].numpy()
+                        task.rows.cache.texts[task.rows.cache.first[i] + k].astype(np.float32),
+                        batch.target[i].numpy(),
                     )
                 ]
                 if caption_kind == "same":

@@ -53,6 +53,7 @@ def test_cached_trunks_are_what_the_student_sees_by_itself(tiny_base, light, pai
         recipe=recipe.as_dict(),
         regions=str(tmp_path / "regions"),
         seed=0,
+        pictures=False,
         out=str(tmp_path / "out"),
         threads=1,
     )
@@ -139,8 +140,8 @@ def test_projections_alone_learn_and_their_trunks_are_not_run(tiny_base, light, 
     task = StudentTask(student, recipe, None, captions, cache, seed=0, same_base=False)
     assert set(task.image_names) == {"visual.head.proj.weight"}
     assert task.text_names == ["text_projection"]
-    assert task.use_trunk
-    assert task.text_trunk
+    assert task.resting.image
+    assert task.resting.text_trunk
     live = task.encode(task.batch(np.arange(3), 0))
     drawn = task.batch(np.arange(3), 0)
     with torch.no_grad():  # one caption a picture, as drawn: it is one of the picture's own

@@ -187,6 +187,12 @@ class TwoTower(nn.Module):
         pooled = roi_align(patches.float(), list(boxes.float() * scale), output_size=1, aligned=True)
         return image, pooled[:, :, 0, 0].unflatten(0, boxes.shape[:2])
 
+    @property
+    def pad_id(self) -> int:
+        """The token that stands behind a text that is shorter than others of its batch."""
+        config: Any = getattr(self._text, "config", None)
+        return int(config.pad_token_id or 0) if isinstance(self._text, HFTextEncoder) else 0
+
     def tokens(self, texts: list[str]) -> Tensor:
         """[B, L] ids; L is the longest text of the batch where the tower allows that, else the context
         length."""

@@ -25,6 +25,9 @@ EXTRA_OF = {  # which extra brings a module that may be absent
     "uvicorn": "serve",
     "prometheus_client": "serve",
     "fastapi": "ray-serve",
+    "tensorboard": "tensorboard",
+    "mlflow": "mlflow",
+    "wandb": "wandb",
 }
 
 

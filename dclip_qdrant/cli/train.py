@@ -151,6 +151,21 @@ def _with_weights(settings: tuple[str, ...], weights: str | None) -> tuple[str, 
 )
 @min_retention_option
 @click.option(
+    "--tracker",
+    metavar="NAME",
+    help="Where metrics go besides metrics.jsonl in each run's stage: tensorboard, mlflow, wandb, or "
+    "package.module:Class.",
+)
+@click.option(
+    "--plan",
+    "plan_only",
+    is_flag=True,
+    help="Say what it would take (time, memory, disk, network) from a few batches, and do no more.",
+)
+@click.option(
+    "--plan-pictures", type=click.IntRange(1), metavar="N", help="Plan for so many pictures of train."
+)
+@click.option(
     "--allow-no-gain", is_flag=True, help="Exit code 0 also for a student that isn't shown to be better."
 )
 @click.option("--name", metavar="NAME", help="The student's name.  [default: the recipe's]")
@@ -176,6 +191,9 @@ def distill_command(
     actors: int | None,
     reader: str,
     min_retention: float,
+    tracker: str | None,
+    plan_only: bool,
+    plan_pictures: int | None,
     allow_no_gain: bool,
     name: str | None,
     from_scratch: bool,
@@ -195,6 +213,7 @@ def distill_command(
     """
     from dclip_qdrant.jobs.cluster import absolute, absolute_or_none
     from dclip_qdrant.jobs.distill import check_gain, check_retention, distill
+    from dclip_qdrant.jobs.plan import plan
     from dclip_qdrant.jobs.request import Request
     from dclip_qdrant.recipe import Recipe
 
@@ -216,7 +235,13 @@ def distill_command(
         name=name,
         from_scratch=from_scratch,
         reader=reader,
+        tracker=tracker,
     )
+    if plan_only or plan_pictures:
+        expected = plan(request, plan_pictures)
+        click.echo(json.dumps(expected.as_dict(), indent=1) if form == "json" else expected.text())
+        expected.check()
+        return
     result = distill(request)
     click.echo(json.dumps(result.as_dict(), indent=1) if form == "json" else result.text())
     if result.verdict.is_success and form != "json":

@@ -18,6 +18,7 @@ from dclip_qdrant import errors
 from dclip_qdrant.errors import DclipError, InputError, UsageError
 from dclip_qdrant.lookup import need
 from dclip_qdrant.pairs import Pairs
+from dclip_qdrant.progress import duration
 from dclip_qdrant.tables.compact import compact
 from dclip_qdrant.tables.contracts import Contract
 from dclip_qdrant.tables.stages import done_keys
@@ -41,6 +42,7 @@ KEEP_MEMORY = {
 SLEEP_SOON = {"GOMP_SPINCOUNT": "10000"}
 CPU_SETTINGS = KEEP_MEMORY | SLEEP_SOON
 READ_COLUMNS = ["key", "uri", "image", "width", "height", "captions", "split"]
+THREADS_A_DECODER = 2
 STARTS = 3  # of a private cluster
 # Ray Data's own account of what it does; Ray configures the logger `ray.data` itself anew
 QUIET = {"ray.data._internal": logging.WARNING, "ray.data._internal.progress": logging.ERROR}
@@ -57,6 +59,7 @@ def connect(address: str | None = None) -> None:
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("RAY_DATA_LOG_LEVEL", "WARNING")  # of the actors that hand out a stream, too
     if address or os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"):
         ray.init(address=address, log_to_driver=True)
         return
@@ -104,6 +107,19 @@ def gpus() -> int:
     import ray
 
     return int(ray.cluster_resources().get("GPU", 0))
+
+
+def check_memory(actors: int, memory: int, parameter: str = "actors") -> None:
+    """Raises UsageError: nodes that can't hold so many actors of `memory` bytes each; Ray would wait for
+    ever."""
+    import ray
+
+    nodes = [node["Resources"].get("memory", 0.0) for node in ray.nodes() if node["Alive"]]
+    room = sum(int(have // memory) for have in nodes)
+    if actors > room:
+        have = ", ".join(f"{own / 1e9:.1f}" for own in nodes)
+        came = f"{actors}, of {memory / 1e9:.1f} GB each, on nodes with {have} GB"
+        raise UsageError(f"`{parameter}`", came, f"at most {room}" if room else "nodes with more memory")
 
 
 def node_memory() -> float:
@@ -244,9 +260,13 @@ def map_pairs(
     contract: Contract,
     actors: int | None,
     batch: int,
+    memory: int,
     columns: list[str] | None = None,
+    decode: tuple[type, dict[str, Any]] | None = None,
 ) -> int:
-    """Maps an actor pool over the pairs whose keys `out` doesn't have yet; how many it did.
+    """Maps an actor pool over the pairs whose keys `out` doesn't have yet; how many it did. `memory`: bytes
+    of an actor, which Ray sets aside. `decode`: where actors have a GPU, a class of CPU actors between the
+    pairs and them, and what it is made with.
 
     Actors write their own parts (whole files, named by their keys), so a killed job loses at most the batches
     in flight.
@@ -268,6 +288,7 @@ def map_pairs(
     # its listing may end with a traceback (a race of its threads)
     context.use_datasource_v2 = False
     size = pool_size(actors)
+    check_memory(size, memory)
     # partitioning: columns come from the files alone; Ray would take `split=test` in a path for a column
     dataset = ray.data.read_parquet(
         [str(f) for f in pairs.files], columns=columns or READ_COLUMNS, partitioning=None
@@ -284,6 +305,17 @@ def map_pairs(
     # small blocks: all actors have work and progress shows
     rows_a_block = max(batch, min(256, todo // (4 * size)))
     dataset = dataset.repartition(target_num_rows_per_block=rows_a_block)
+    if decode is not None and gpus():
+        made_by, with_these = decode
+        decoders = max(1, (cpus() - size - 1) // THREADS_A_DECODER)
+        dataset = dataset.map_batches(
+            made_by,
+            fn_constructor_kwargs=with_these | {"threads": THREADS_A_DECODER},
+            batch_format="pyarrow",
+            batch_size=batch,
+            num_cpus=min(THREADS_A_DECODER, max(1, cpus() - size - 1)),
+            compute=ray.data.ActorPoolStrategy(size=decoders),
+        )
     dataset = dataset.map_batches(
         Guarded,
         fn_constructor_args=(actor, {**arguments, "out": str(out), "threads": threads_for(size)}),
@@ -291,6 +323,7 @@ def map_pairs(
         batch_size=batch,
         num_cpus=1,
         num_gpus=1 if gpus() else None,
+        memory=memory,
         compute=ray.data.ActorPoolStrategy(size=size),
     )
     done, began = 0, time.monotonic()
@@ -301,7 +334,9 @@ def map_pairs(
         if now - last_line > LOG_EVERY:
             last_line = now
             speed = done / (now - began)
-            logger.info("%s: %s of %s pictures (%.0f/s)", name, f"{done:,}", f"{todo:,}", speed)
+            left = duration((todo - done) / speed)
+            far = f"{done:,} of {todo:,} pictures ({speed:.0f}/s, {left} left)"
+            logger.info("%s: %s", name, far)
     if done != todo:
         came = f"{done:,} of {todo:,} pictures came out of this stage"
         raise InputError(

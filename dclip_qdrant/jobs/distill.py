@@ -78,6 +78,7 @@ def distill(request: Request) -> Distilled:
         return train_runs.run_in_order(runs, workers=request.workers, storage=experiment.ray_storage())
 
     outcome = experiment.run(in_order)
+    experiment.progress.begin("export")
     result = _result(experiment, outcome)
     out = storage.as_path(request.out)
     storage.write_json(out / "table.json", result.as_dict())

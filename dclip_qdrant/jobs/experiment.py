@@ -31,10 +31,11 @@ from dclip_qdrant.jobs.teacher_cache import cache_teacher
 from dclip_qdrant.lookup import need
 from dclip_qdrant.pairs import Pairs
 from dclip_qdrant.pairs.splits import pick_split
+from dclip_qdrant.progress import Stages
 from dclip_qdrant.recipe import Recipe
 from dclip_qdrant.tables import storage
 from dclip_qdrant.tables.stages import Stage, digest
-from dclip_qdrant.training import hubness
+from dclip_qdrant.training import hubness, trackers
 from dclip_qdrant.training.models import inherit, two_tower
 from dclip_qdrant.training.models.model_folder import write_model
 from dclip_qdrant.training.models.trial import check_size, try_recipe, try_towers
@@ -122,6 +123,7 @@ class Experiment:
         check_teach(request)
         check_pictures(request, recipes)
         check_reader(request, recipes)
+        trackers.check(request.tracker)
         labelled = labelled_fingerprint(request.labelled) if request.labelled else None
         base = two_tower.load(request.base)
         experiment = cls(request, pairs, base, labelled, pick_split(pairs, None), recipes)
@@ -215,6 +217,14 @@ class Experiment:
         request = replace(self.request, base=folder, recipe=recipes[-1], teach=None)
         return replace(self, request=request, base=two_tower.load(folder), recipes=recipes)
 
+    @cached_property
+    def progress(self) -> Stages:
+        """What the job is at."""
+        main = self.request.recipe
+        before = ["regions"] if wants_regions(main) else []
+        teacher = ["teacher", "teacher cache"] if main.teacher else []
+        return Stages([*before, "features", *teacher, "training", "export"])
+
     # --- reading
 
     def shape(self) -> Shape:
@@ -269,32 +279,56 @@ class Experiment:
 
     def prepare(self, recipe: Recipe) -> Prepared:
         """Regions, features, teacher and teacher cache of one recipe; whatever is there is reused."""
-        request, seed = self.request, self.request.seeds[0]
+        request = self.request
+        # a rival's own stages stand inside the main recipe's
+        begin = self.progress.begin if recipe is request.recipe else lambda name: None
+        if wants_regions(recipe):
+            begin("regions")
         boxes = self.regions() if wants_regions(recipe) else None
+        begin("features")
         features = extract_features(
-            FeatureRequest(
-                root=request.stages,
-                pairs=self.pairs,
-                recipe=recipe,
-                base=request.base,
-                base_fingerprint=self.base.fingerprint,
-                student=self.student_name if any(self.trunks_at_rest) else None,
-                student_fingerprint=self.student.fingerprint,
-                student_image=self.trunks_at_rest[0],
-                student_text=self.trunks_at_rest[1],
-                regions=boxes,
-                seed=seed,
-                pictures=self._sends_pictures,
-            ),
-            actors=request.actors,
-            from_scratch=request.from_scratch,
+            self.feature_request(recipe, boxes), actors=request.actors, from_scratch=request.from_scratch
         )
         others = tuple(self._other_teacher(recipe, model) for model in recipe.ensemble.models)
         pictures = self._picture_features(recipe) if recipe.train.picture_share else None
         if recipe.teacher is None:
             return Prepared(features, others=others, pictures=pictures)
+        run = self.teacher_run(recipe, features)
+        cache = self.teacher_cache_stage(run)
+        if request.from_scratch:
+            run.stage.clear()
+            cache.clear()
+        begin("teacher")
+        train_runs.run_in_order([run], workers=request.workers, storage=self.ray_storage())
+        begin("teacher cache")
+        cache_teacher(cache, features, base=request.base, teacher=run.stage.path, actors=request.actors)
+        return Prepared(features, cache, run.stage, others, pictures)
+
+    def feature_request(self, recipe: Recipe, boxes: Stage | None) -> FeatureRequest:
+        """What is to be cached for a recipe."""
+        request, (image, text) = self.request, self.trunks_at_rest
+        return FeatureRequest(
+            root=request.stages,
+            pairs=self.pairs,
+            recipe=recipe,
+            base=request.base,
+            base_fingerprint=self.base.fingerprint,
+            student=self.student_name if image or text else None,
+            student_fingerprint=self.student.fingerprint,
+            student_image=image,
+            student_text=text,
+            regions=boxes,
+            seed=request.seeds[0],
+            pictures=self._sends_pictures,
+        )
+
+    def teacher_run(self, recipe: Recipe, features: Stage) -> Run:
+        """The `Run` of a recipe's region teacher."""
+        if recipe.teacher is None:
+            raise ValueError(f"{recipe.name} has no teacher")
+        request, seed = self.request, self.request.seeds[0]
         settings = recipe.teacher.model_dump(mode="json")
-        run = Run(
+        return Run(
             kind="teacher",
             root=request.stages,
             inputs={"features": features.path.name, "teacher": settings, "seed": seed} | self._read_by,
@@ -305,14 +339,11 @@ class Experiment:
             pairs=request.pairs,
             features=str(features.path),
             streams=self.streams,
+            tracker=self.request.tracker,
         )
-        cache = Stage(request.stages, "teacher-cache", {"teacher": run.stage.path.name})
-        if request.from_scratch:
-            run.stage.clear()
-            cache.clear()
-        train_runs.run_in_order([run], workers=request.workers, storage=self.ray_storage())
-        cache_teacher(cache, features, base=request.base, teacher=run.stage.path, actors=request.actors)
-        return Prepared(features, cache, run.stage, others, pictures)
+
+    def teacher_cache_stage(self, teacher: Run) -> Stage:
+        return Stage(self.request.stages, "teacher-cache", {"teacher": teacher.stage.path.name})
 
     def prepare_beside(self, recipe: Recipe, main: Prepared) -> Prepared:
         """What a rival trains from: the main recipe's features serve it too, where it asks for no teacher or
@@ -426,6 +457,7 @@ class Experiment:
             min_retention=self.request.min_retention,
             split=self.split,
             streams=self.streams,
+            tracker=self.request.tracker,
         )
 
     @property
@@ -467,6 +499,7 @@ class Experiment:
         if self.request.from_scratch:
             for run in every:
                 run.stage.clear()
+        self.progress.begin("training")
         failures |= runner(every)
         return Outcome(base, teacher_model, runs, main, failures)
 

@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 BATCH = 32  # pictures a prediction
 COLUMNS = ["key", "uri", "image"]
+MEMORY = 2_000_000_000  # bytes of an actor: torch, a detector, and a block of pictures
 
 
 class Detect:
@@ -80,6 +81,7 @@ def extract_regions(
         contract=contracts.REGIONS,
         actors=actors,
         batch=BATCH,
+        memory=MEMORY,
         columns=COLUMNS,
     )
     counts: list[int] = []

@@ -4,8 +4,10 @@ caption; where the student's trunks are frozen, their features too.
 Each model gets its own pixels: its own resolution, resize mode, mean and std."""
 
 import hashlib
+import io
 import logging
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,6 +22,7 @@ from dclip_qdrant.jobs.cluster import actor_threads, map_pairs
 from dclip_qdrant.pairs import Pairs, load_image
 from dclip_qdrant.pairs.region_files import load_regions
 from dclip_qdrant.pictures.preprocess import Preprocess
+from dclip_qdrant.pictures.regions import Regions
 from dclip_qdrant.recipe import Recipe
 from dclip_qdrant.tables import contracts
 from dclip_qdrant.tables.stages import Stage, parts, write_part
@@ -29,6 +32,8 @@ from dclip_qdrant.training.models import two_tower
 
 logger = logging.getLogger(__name__)
 
+# bytes of an actor beside its models, benchmarks/features.py: torch, a block of pictures and its pixels
+MEMORY = 1_500_000_000
 BATCH = 32  # pictures a block; each has several views and regions
 FORWARD = 64  # pictures a forward pass
 
@@ -77,6 +82,34 @@ class FeatureRequest:
             inputs["pictures"] = True
         return Stage(self.root, "features", inputs)
 
+    def memory(self) -> int:
+        """Bytes of an actor, which Ray sets aside."""
+        names = {self.base} | ({self.student} if self.student else set())
+        models = [two_tower.load(name) for name in names]
+        return MEMORY + sum(p.numel() * p.element_size() for model in models for p in model.parameters())
+
+    def decoding(self) -> dict[str, Any]:
+        """What `Decode` is made with, beside its threads."""
+        own = None
+        if self.student is not None and self.student_image:
+            own = two_tower.load(self.student, weights=False).preprocess
+        base = two_tower.load(self.base, weights=False).preprocess
+        regions = str(self.regions.path) if self.regions else None
+        return {"preparer": Preparer.of(base, own, self.recipe, self.seed), "regions": regions}
+
+    def arguments(self) -> dict[str, Any]:
+        """What `Featurise` is made with, beside where it writes and its threads."""
+        return {
+            "base": self.base,
+            "student": self.student,
+            "student_image": self.student_image,
+            "student_text": self.student_text,
+            "recipe": self.recipe.as_dict(),
+            "regions": str(self.regions.path) if self.regions else None,
+            "seed": self.seed,
+            "pictures": self.pictures,
+        }
+
 
 @dataclass
 class Pixels:
@@ -97,8 +130,110 @@ class PreparedPicture:
     crop_boxes: list[Box]
 
 
+@dataclass(frozen=True)
+class Preparer:
+    """Pairs rows -> what models read of their pictures. Plain values and settings: it travels to CPU tasks.
+
+    `views`, `crops`: the base's preprocessing of each, then the student's, or None where its trunk isn't
+    cached.
+    """
+
+    recipe: Recipe
+    seed: int
+    views: tuple[Preprocess, Preprocess | None]
+    crops: tuple[Preprocess, Preprocess | None]
+
+    @classmethod
+    def of(cls, base: Preprocess, student: Preprocess | None, recipe: Recipe, seed: int) -> "Preparer":
+        """With crops squashed, and as the recipe's teacher wants them."""
+        squash = replace(base, resize_mode="squash")
+        if recipe.teacher and not recipe.teacher.normalise_crops:  # as released: ToTensor alone, bilinear
+            squash = replace(squash, interpolation="bilinear", mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+        of_student = None if student is None else replace(student, resize_mode="squash")
+        return cls(recipe, seed, (base, student), (squash, of_student))
+
+    def __call__(self, row: dict[str, Any], regions: Regions | None) -> PreparedPicture:
+        train, settings = self.recipe.train, self.recipe.regions
+        image = load_image(row)
+        rng = np.random.default_rng([self.seed, _key_number(row["key"])])
+        boxes, flips = [WHOLE], [False]
+        for _ in range(train.views - 1 if row["split"] == "train" else 0):
+            boxes.append(view_box(rng, train.crop_scale))
+            flips.append(train.flip and bool(rng.random() < 0.5))
+        views = [apply_view(image, np.array(box), flip) for box, flip in zip(boxes, flips, strict=True)]
+        crops, crop_boxes = [], []
+        if regions is not None:
+            width, height = image.size
+            for left, top, right, bottom in regions.top(settings.top_k).cuts(
+                width, height, context=settings.context
+            ):
+                crops.append(image.crop((left, top, right, bottom)))
+                crop_boxes.append((left / width, top / height, right / width, bottom / height))
+        return PreparedPicture(
+            views=_pixels(views, self.views),
+            view_boxes=boxes,
+            flips=flips,
+            crops=_pixels(crops, self.crops),
+            crop_boxes=crop_boxes,
+        )
+
+
+def _pixels(pictures: list[Image.Image], preprocess: tuple[Preprocess, Preprocess | None]) -> Pixels:
+    of_base, of_student = preprocess
+    base = [of_base.pixels(picture) for picture in pictures]
+    if of_student is None:
+        return Pixels(base, [])
+    if replace(of_student, mean=of_base.mean, std=of_base.std) == of_base:
+        return Pixels(base, base)  # mean and std come later
+    return Pixels(base, [of_student.pixels(picture) for picture in pictures])
+
+
+class Decode:
+    """The CPU half, where models have GPUs: pictures in, pixels out, so that no GPU waits for a JPEG."""
+
+    def __init__(self, preparer: Preparer, regions: str | None, threads: int) -> None:
+        self.prepare, self.pool = preparer, ThreadPoolExecutor(max(2, threads))
+        self.regions = load_regions(regions) if regions else None
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        rows = table.to_pylist()
+        return table.append_column("prepared", pa.array(self.pool.map(self._packed, rows), pa.binary()))
+
+    def _packed(self, row: dict[str, Any]) -> bytes:
+        picture = self.prepare(row, _regions_of(self.regions, row))
+        packed = io.BytesIO()
+        np.savez(
+            packed,
+            base_views=picture.views.base,
+            student_views=picture.views.student,
+            base_crops=picture.crops.base,
+            student_crops=picture.crops.student,
+            view_boxes=picture.view_boxes,
+            flips=picture.flips,
+            crop_boxes=picture.crop_boxes,
+        )
+        return packed.getvalue()
+
+
+def unpacked(data: bytes) -> PreparedPicture:
+    """What `Decode` made of a picture."""
+    with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+        return PreparedPicture(
+            views=Pixels(list(arrays["base_views"]), list(arrays["student_views"])),
+            view_boxes=[(x0, y0, x1, y1) for x0, y0, x1, y1 in arrays["view_boxes"].tolist()],
+            flips=arrays["flips"].tolist(),
+            crops=Pixels(list(arrays["base_crops"]), list(arrays["student_crops"])),
+            crop_boxes=[(x0, y0, x1, y1) for x0, y0, x1, y1 in arrays["crop_boxes"].tolist()],
+        )
+
+
+def _regions_of(regions: Any, row: dict[str, Any]) -> Regions | None:
+    """A picture's boxes, where any were looked for."""
+    return regions[row["key"]] if regions is not None and row["key"] in regions else None
+
+
 class Featurise:
-    """Actor: pictures in, rows of the features contract written."""
+    """Actor: pictures in (or what `Decode` made of them), rows of the features contract written."""
 
     def __init__(
         self,
@@ -117,7 +252,6 @@ class Featurise:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.recipe = Recipe(**recipe)
         self.out = UPath(out)
-        self.seed = seed
         self.pictures = pictures
         self.base = two_tower.load(base).to(self.device)
         own = None
@@ -126,22 +260,26 @@ class Featurise:
         self.image_student = own if student_image else None
         self.text_student = own if student_text else None
         self.regions = load_regions(regions) if regions else None
-        # of views and of crops: the base's preprocessing, and the student's
-        self.view_preprocess = (self.base.preprocess, own.preprocess if own else self.base.preprocess)
-        self.crop_preprocess = tuple(replace(p, resize_mode="squash") for p in self.view_preprocess)
+        of_student = self.image_student.preprocess if self.image_student else None
+        self.prepare = Preparer.of(self.base.preprocess, of_student, self.recipe, seed)
         teacher = self.recipe.teacher
-        if teacher and not teacher.normalise_crops:  # as released: ToTensor alone, bilinear squash
-            released = replace(
-                self.crop_preprocess[0], interpolation="bilinear", mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)
-            )
-            self.crop_preprocess = (released, self.crop_preprocess[1])
         self.with_whole = regions is not None and (teacher is None or teacher.include_global)
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        rows = table.to_pylist()
-        prepared = list(self.pool.map(self._prepare, rows))
-        view_vectors, view_trunks = self._encode([p.views for p in prepared], self.view_preprocess)
-        crop_vectors, crop_trunks = self._encode([p.crops for p in prepared], self.crop_preprocess)
+        if "prepared" in table.column_names:
+            prepared = [unpacked(data) for data in table["prepared"].to_pylist()]
+            rows = table.drop_columns(["prepared"]).to_pylist()
+        else:
+            rows = table.to_pylist()
+            prepared = list(
+                self.pool.map(lambda row: self.prepare(row, _regions_of(self.regions, row)), rows)
+            )
+        write_part(self.out, contracts.FEATURES, self._rows(rows, prepared))
+        return pa.table({"done": [len(rows)]})
+
+    def _rows(self, rows: list[dict[str, Any]], prepared: list[PreparedPicture]) -> list[dict[str, Any]]:
+        view_vectors, view_trunks = self._encode([p.views for p in prepared], self.prepare.views)
+        crop_vectors, crop_trunks = self._encode([p.crops for p in prepared], self.prepare.crops)
         captions = [caption for row in rows for caption in row["captions"]]
         text_vectors = encode_texts(self.base, captions, self.device)
         text_trunks: Any = []
@@ -181,45 +319,11 @@ class Featurise:
                 out.append(facts | (plain if number == 0 else nothing))
                 view += 1
             crop, text = own.stop, said.stop
-        write_part(self.out, contracts.FEATURES, out)
-        return pa.table({"done": [len(rows)]})
-
-    def _prepare(self, row: dict[str, Any]) -> PreparedPicture:
-        train, settings = self.recipe.train, self.recipe.regions
-        image = load_image(row)
-        rng = np.random.default_rng([self.seed, _key_number(row["key"])])
-        boxes, flips = [WHOLE], [False]
-        for _ in range(train.views - 1 if row["split"] == "train" else 0):
-            boxes.append(view_box(rng, train.crop_scale))
-            flips.append(train.flip and bool(rng.random() < 0.5))
-        views = [apply_view(image, np.array(box), flip) for box, flip in zip(boxes, flips, strict=True)]
-        crops, crop_boxes = [], []
-        if self.regions is not None and row["key"] in self.regions:
-            regions = self.regions[row["key"]].top(settings.top_k)
-            width, height = image.size
-            for left, top, right, bottom in regions.cuts(width, height, context=settings.context):
-                crops.append(image.crop((left, top, right, bottom)))
-                crop_boxes.append((left / width, top / height, right / width, bottom / height))
-        return PreparedPicture(
-            views=self._pixels(views, self.view_preprocess),
-            view_boxes=boxes,
-            flips=flips,
-            crops=self._pixels(crops, self.crop_preprocess),
-            crop_boxes=crop_boxes,
-        )
-
-    def _pixels(self, pictures: list[Image.Image], preprocess: tuple[Preprocess, ...]) -> Pixels:
-        of_base, of_student = preprocess
-        base = [of_base.pixels(picture) for picture in pictures]
-        if self.image_student is None:
-            return Pixels(base, [])
-        if replace(of_student, mean=of_base.mean, std=of_base.std) == of_base:
-            return Pixels(base, base)  # mean and std come later
-        return Pixels(base, [of_student.pixels(picture) for picture in pictures])
+        return out
 
     @torch.no_grad()
     def _encode(
-        self, pictures: list[Pixels], preprocess: tuple[Preprocess, ...]
+        self, pictures: list[Pixels], preprocess: tuple[Preprocess, Preprocess | None]
     ) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """The base's features of each, and the student's trunk features where they are cached."""
         base = [pixels for p in pictures for pixels in p.base]
@@ -234,7 +338,7 @@ class Featurise:
             return vectors, trunks
         for x in self._batches(base, preprocess[0]):
             vectors += list(self.base.encode_image(x).float().cpu().numpy())
-        if self.image_student is not None:
+        if self.image_student is not None and preprocess[1] is not None:
             for x in self._batches(student, preprocess[1]):
                 trunks += list(self.image_student.trunk(x).float().cpu().numpy())
         return vectors, trunks
@@ -259,25 +363,17 @@ def extract_features(request: FeatureRequest, *, actors: int | None, from_scratc
     if stage.done:
         logger.info("features: reused %s", stage.path.name)
         return stage
-    arguments = {
-        "base": request.base,
-        "student": request.student,
-        "student_image": request.student_image,
-        "student_text": request.student_text,
-        "recipe": request.recipe.as_dict(),
-        "regions": str(request.regions.path) if request.regions else None,
-        "seed": request.seed,
-        "pictures": request.pictures,
-    }
     map_pairs(
         request.pairs,
         Featurise,
-        arguments,
+        request.arguments(),
+        decode=(Decode, request.decoding()),
         name="features",
         out=stage.path,
         contract=contracts.FEATURES,
         actors=actors,
         batch=BATCH,
+        memory=request.memory(),
     )
     rows = sum(table.num_rows for table in parts(stage.path, contracts.FEATURES, ["key"]))
     stage.finish(rows=rows)

@@ -33,6 +33,7 @@ class Request:
     min_retention: float = 1.0
     name: str | None = None
     from_scratch: bool = False
+    tracker: str | None = None  # a service that metrics go to besides metrics.jsonl
     reader: str = "auto"  # memory, stream, or whichever fits
 
     @property

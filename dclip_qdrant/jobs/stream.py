@@ -5,12 +5,15 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 from upath import UPath
 
 from dclip_qdrant.jobs.cluster import quiet_data_context
 from dclip_qdrant.training.runs import Run, needs
 from dclip_qdrant.training.streaming import BUFFER, OpenEpoch, Piece, columns_for, pieces_of, read_piece
+
+MOST_BLOCKS = 2048  # of a dataset; Ray keeps an account of each
 
 
 def dataset_of(run: Run) -> Any:
@@ -28,8 +31,10 @@ def dataset_of(run: Run) -> Any:
             if rows.num_rows:
                 yield rows
 
-    blocks = min(len(pieces), 4096)
-    dataset = ray.data.from_items(pieces, override_num_blocks=blocks).random_shuffle()
+    # neighbours go apart once; then whole blocks change places each epoch, which moves no data
+    np.random.default_rng(run.seed).shuffle(pieces)  # pyright: ignore[reportArgumentType]
+    blocks = min(len(pieces), MOST_BLOCKS)
+    dataset = ray.data.from_items(pieces, override_num_blocks=blocks).randomize_block_order()
     return dataset.map_batches(read, batch_format="pyarrow", batch_size=None, zero_copy_batch=True)
 
 

@@ -40,6 +40,9 @@ def _work(config: dict[str, Any]) -> None:
             sys.stdout.write(line + "\n")  # not print: Ray Train patches that to say everything twice
             sys.stdout.flush()
 
+    # our own lines say how far it is: no account of every model that open_clip opens, nor of Ray's reports
+    for name in ("", "ray.train"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     complaint = UPath(config["complaint"])
     if complaint.exists():
         return  # Ray starts everything once more after an error; this one would come again

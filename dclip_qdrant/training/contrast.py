@@ -1,11 +1,13 @@
 """What contrastive objectives share: cosine logits of two sets of vectors, the ways to compare logits with
 labels and with a teacher's, prefixes of vectors."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 
 def cosine_logits(a: Tensor, b: Tensor, temperature: float | Tensor) -> Tensor:
@@ -24,6 +26,34 @@ def info_nce(logits: Tensor, owner: Tensor) -> Tensor:
     y = positives(owner, len(logits))
     by_image = F.cross_entropy(logits, y / y.sum(1, keepdim=True))
     return (by_image + F.cross_entropy(logits.T, owner)) / 2
+
+
+WHOLE = 1 << 26  # logits that are held at once; beyond it they are made in blocks of rows
+BLOCK = 1024  # rows
+
+
+def info_nce_of(image: Tensor, text: Tensor, owner: Tensor, temperature: float | Tensor) -> Tensor:
+    """`info_nce` of image [N, D] and text [M, D], not normalised, in memory that grows with N + M where N * M
+    is large: blocks of rows are made anew in the backward pass. The same value and gradient."""
+    if len(image) * len(text) <= WHOLE:
+        return info_nce(cosine_logits(image, text, temperature), owner)
+    a, b = F.normalize(image, dim=-1), F.normalize(text, dim=-1)
+
+    def of_images(start: int, stop: int) -> Tensor:
+        y = (torch.arange(start, stop, device=owner.device)[:, None] == owner[None]).float()
+        return F.cross_entropy(a[start:stop] @ b.T / temperature, y / y.sum(1, keepdim=True), reduction="sum")
+
+    def of_texts(start: int, stop: int) -> Tensor:
+        return F.cross_entropy(b[start:stop] @ a.T / temperature, owner[start:stop], reduction="sum")
+
+    return (_in_blocks(of_images, len(a)) / len(a) + _in_blocks(of_texts, len(b)) / len(b)) / 2
+
+
+def _in_blocks(loss: Callable[[int, int], Tensor], rows: int) -> Tensor:
+    """The sum of loss(start, stop) over blocks of rows, none of them kept for the backward pass."""
+    spans = [(start, min(start + BLOCK, rows)) for start in range(0, rows, BLOCK)]
+    pieces = [checkpoint(loss, *span, use_reentrant=False) for span in spans]
+    return torch.stack(cast(list[Tensor], pieces)).sum()
 
 
 def divergence(s: Tensor, t: Tensor | Sequence[Tensor], y: Tensor, labels: float) -> Tensor:

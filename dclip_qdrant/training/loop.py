@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dclip_qdrant.errors import DclipError
+from dclip_qdrant.progress import duration
 from dclip_qdrant.training.checkpoint import Checkpoints
 from dclip_qdrant.training.distributed import Comm
 from dclip_qdrant.training.reading import Drawn, InMemory, Reader
@@ -69,10 +70,12 @@ def fit(
     device: str = "cpu",
     log: Log = logger.info,
     after_epoch: Callable[[int], dict[str, float]] | None = None,
+    report: Callable[[list[dict[str, float]]], None] | None = None,
 ) -> list[dict[str, float]]:
     """Trains to the end, from the newest checkpoint if there is one; the history, one row an epoch.
 
-    `reader`: where batches come from; None: positions in the task's own rows, by `seed`.
+    `reader`: where batches come from; None: positions in the task's own rows, by `seed`. `report` gets the
+    history so far after each epoch, on the first rank.
 
     Raises:
         DclipError: the loss is no longer finite.
@@ -131,7 +134,8 @@ def fit(
             },
         )
 
-    last_save = last_logged = time.monotonic()
+    started = last_save = last_logged = time.monotonic()
+    trained = 0  # steps since then
     with ThreadPoolExecutor(1) as ahead:  # the next batch is read while this one trains
         for epoch in range(first_epoch, epochs):
             began = time.monotonic()
@@ -177,10 +181,11 @@ def fit(
                 for k, v in {"loss": value, **terms}.items():
                     sums[k] = sums.get(k, 0.0) + v
                 reader.trained(read)
-                step += 1
+                step, trained = step + 1, trained + 1
                 now = time.monotonic()
                 if now - last_logged > 10:
-                    log(f"epoch {epoch + 1}/{epochs} step {step}/{steps} loss {value:.4f}")
+                    left = duration((epochs * steps - epoch * steps - step) * (now - started) / trained)
+                    log(f"epoch {epoch + 1}/{epochs} step {step}/{steps} loss {value:.4f} ({left} left)")
                     last_logged = now
             coming.result()
             for _ in drawn:  # what doesn't fill a batch on every rank
@@ -194,6 +199,8 @@ def fit(
                 row |= after_epoch(epoch)
             comm.barrier()
             history.append(row)
+            if report and comm.rank == 0:
+                report(history)
             sums, first_step = {}, 0
             if epoch + 1 == epochs or time.monotonic() - last_save > checkpoint_s:
                 save(epoch + 1, 0)

@@ -35,6 +35,7 @@ from dclip_qdrant.training.streaming import OpenEpoch, Streamed, first_rows
 from dclip_qdrant.training.student_batch import Uncaptioned
 from dclip_qdrant.training.student_task import StudentTask, reads_regions
 from dclip_qdrant.training.teacher_task import TeacherTask, fuse
+from dclip_qdrant.training.trackers import Report
 
 # of a streamed run, where not all pictures of train are in memory
 PHRASES_FROM = 20_000  # pictures whose captions phrases are taken from
@@ -63,6 +64,7 @@ class Run:
     labelled: str | None = None
     min_retention: float = 1.0
     split: str = "test"
+    tracker: str | None = None  # a service that metrics go to (training/trackers)
     streams: bool = False  # reads its batches as a stream instead of holding the split in memory
 
     @property
@@ -126,6 +128,11 @@ class Worker:
     def _cache(self) -> Callable[..., Cache]:
         """What reads cached vectors: into this process, or once a node where there are several ranks."""
         return self._node_caches.load if self.comm.world > 1 else load_cache
+
+    def _report(self, run: Run) -> Report:
+        """What a run's epochs are told to."""
+        tracker = run.tracker if self.comm.rank == 0 else None
+        return Report(run.label, run.stage.path, run.recipe, tracker)
 
     def close(self) -> None:
         """Removes the files that this process mapped."""
@@ -196,7 +203,7 @@ class Worker:
         base = two_tower.load(run.base)
         rows, reader = self._train_rows(run)
         task = TeacherTask(cfg, base, rows.captions, rows.cache, seed=run.seed, device=self.device)
-        checkpoints = Checkpoints(run.stage.path / "checkpoints")
+        checkpoints, report = Checkpoints(run.stage.path / "checkpoints"), self._report(run)
         began = time.monotonic()
         history = fit(
             task,
@@ -215,7 +222,9 @@ class Worker:
             device=self.device,
             log=log,
             after_epoch=self._teacher_check(run, task),
+            report=report,
         )
+        report.close()
         if self.comm.rank:
             return
         state = {key: value.detach().cpu() for key, value in task.modules.state_dict().items()}
@@ -335,7 +344,7 @@ class Worker:
             ranks = val.ranks(model, cached_text=task.cached_text)
             return {"val_mean_r@1": metrics.retrieval(ranks, bootstrap=0)["mean_r@1"]}
 
-        checkpoints = Checkpoints(run.stage.path / "checkpoints")
+        checkpoints, report = Checkpoints(run.stage.path / "checkpoints"), self._report(run)
         settings, began = recipe.train, time.monotonic()
         history = fit(
             task,
@@ -355,7 +364,9 @@ class Worker:
             device=self.device,
             log=log,
             after_epoch=after_epoch,
+            report=report,
         )
+        report.close()
         seconds, cached_text = time.monotonic() - began, task.cached_text
         model.merge_lora()
         return Trained(

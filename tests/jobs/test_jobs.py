@@ -144,6 +144,29 @@ def test_killed_job_and_killed_worker_end_with_the_same_metrics(
             assert b[way] == pytest.approx(a[way], abs=1e-3)
 
 
+def test_a_streamed_run_goes_on_after_its_worker_was_killed(
+    unbroken, on_head, tiny_base, pairs_folder, labelled_folder, tmp_path
+):
+    with_stages(unbroken, tmp_path, "regions", "features")
+    settings = distill_args(tiny_base, pairs_folder, labelled_folder, tmp_path)
+    command = [sys.executable, "ray_jobs/distill.py", *map(str, settings), "--reader", "stream"]
+    log = tmp_path / "log"
+    steps = lambda: len(list(tmp_path.glob("stages/student-*/checkpoints/step-*.pt")))
+    with (
+        log.open("w") as sink,
+        started(command, cwd=ROOT, env=on_head, stdout=sink, stderr=subprocess.STDOUT) as process,
+    ):
+        wait_until(lambda: steps() > 0, process, log=log)
+        assert kill_train_workers(on_head)
+        assert process.wait(RUN_S) == 0, log.read_text()[-3000:]
+    assert "resumed at epoch" in log.read_text()
+    (metrics,) = tmp_path.glob("stages/student-*/metrics.jsonl")
+    epochs = [json.loads(line) for line in metrics.read_text().splitlines()]
+    assert [row["epoch"] for row in epochs] == list(range(1, 41))
+    assert epochs[-1]["cosine"] > 0
+    assert len(json.loads((tmp_path / "table.json").read_text())["rows"]) == 2
+
+
 def test_compare_reuses_what_is_there_and_one_failed_run_does_not_sink_the_rest(
     unbroken, on_head, tiny_base, pairs_folder, labelled_folder, tmp_path
 ):

@@ -361,3 +361,24 @@ def test_cosine_of_rois_counts_only_regions_that_are_there():
     s = Encoded(rois=torch.tensor([[[1.0, 0.0], [9.0, 9.0]], [[0.0, 1.0], [1.0, 0.0]]]), **e)
     t = Encoded(rois=torch.tensor([[[0.0, 1.0], [-9.0, 0.0]], [[0.0, 2.0], [3.0, 0.0]]]), **e)
     assert build("cosine", student_dim=2, teacher_dim=2, of="rois")(s, t).item() == pytest.approx(1 / 3)
+
+
+def test_info_nce_in_blocks_of_rows_is_the_whole_matrix(monkeypatch):
+    from dclip_qdrant.training import contrast
+
+    torch.manual_seed(0)
+    owner = torch.arange(7).repeat_interleave(2)
+
+    def value_and_gradients():
+        torch.manual_seed(1)
+        image, text = torch.randn(7, 5, requires_grad=True), torch.randn(14, 5, requires_grad=True)
+        temperature = torch.tensor(0.3, requires_grad=True)
+        loss = contrast.info_nce_of(image, text, owner, temperature)
+        loss.backward()
+        return loss.detach(), image.grad, text.grad, temperature.grad
+
+    whole = value_and_gradients()
+    monkeypatch.setattr(contrast, "WHOLE", 10)
+    monkeypatch.setattr(contrast, "BLOCK", 3)
+    for got, wanted in zip(value_and_gradients(), whole, strict=True):
+        torch.testing.assert_close(got, wanted, atol=1e-6, rtol=1e-5)

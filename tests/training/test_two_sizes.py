@@ -3,6 +3,7 @@ cached of the student is what the student itself would say."""
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -12,7 +13,7 @@ from conftest import TINY
 from model_folders import LIGHT, model_folder
 
 from dclip_qdrant.errors import RecipeError
-from dclip_qdrant.jobs.features import Featurise
+from dclip_qdrant.jobs.features import Decode, FeatureRequest, Featurise
 from dclip_qdrant.pairs import Pairs, load_image
 from dclip_qdrant.recipe import Recipe
 from dclip_qdrant.tables.contracts import REGIONS
@@ -34,7 +35,10 @@ def own_trunk(student, image, preprocess):
         return student.trunk(torch.from_numpy(pixels))[0].numpy()
 
 
-def test_cached_trunks_are_what_the_student_sees_by_itself(tiny_base, light, pairs_folder, tmp_path):
+@pytest.mark.parametrize("decoded_apart", [False, True])
+def test_cached_trunks_are_what_the_student_sees_by_itself(
+    tiny_base, light, pairs_folder, tmp_path, decoded_apart
+):
     recipe = Recipe.load("tiny")
     box = {"key": None, "boxes": [[4.0, 6.0, 50.0, 40.0]], "scores": [0.9], "labels": ["thing"]}
     pairs = Pairs.open(str(pairs_folder))
@@ -57,6 +61,17 @@ def test_cached_trunks_are_what_the_student_sees_by_itself(tiny_base, light, pai
         out=str(tmp_path / "out"),
         threads=1,
     )
+    if decoded_apart:  # by CPU actors, as where models have GPUs
+        request = FeatureRequest(
+            root=str(tmp_path),
+            pairs=pairs,
+            recipe=recipe,
+            base=str(tiny_base),
+            base_fingerprint="",
+            student=light,
+            regions=SimpleNamespace(path=tmp_path / "regions"),
+        )
+        table = Decode(**request.decoding(), threads=1)(table)
     actor(table)
     (part,) = (tmp_path / "out").glob("*.parquet")
     cached = pq.read_table(part).filter(pq.read_table(part)["view"].to_numpy() == 0)

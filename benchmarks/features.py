@@ -15,9 +15,10 @@ import pyarrow as pa
 import torch
 
 from dclip_qdrant.jobs.cluster import READ_COLUMNS
-from dclip_qdrant.jobs.features import BATCH, FORWARD, Featurise
+from dclip_qdrant.jobs.features import BATCH, Featurise
 from dclip_qdrant.pairs import Pairs
 from dclip_qdrant.recipe import Recipe
+from dclip_qdrant.training.evaluate import FORWARD
 
 
 def main() -> None:
@@ -37,13 +38,15 @@ def main() -> None:
         recipe=Recipe.load("sft").as_dict(),
         regions=None,
         seed=0,
+        pictures=False,
         out=tempfile.mkdtemp(),
         threads=torch.get_num_threads(),
     )
     model, size = actor.base, actor.base.preprocess.size
     resident = psutil.Process().memory_info().rss
     blocks = [pa.table(table.slice(start, BATCH)) for start in range(0, table.num_rows, BATCH)]
-    pixels = torch.randn(FORWARD, 3, size, size)
+    forward = FORWARD[actor.device]
+    pixels = torch.randn(forward, 3, size, size)
     captions = [caption for own in table["captions"].to_pylist() for caption in own]
     ids = [model.tokens(captions[start : start + 256]) for start in range(0, len(captions), 256)]
     actor(blocks[0])  # warms up
@@ -53,7 +56,7 @@ def main() -> None:
     stage = table.num_rows / (time.perf_counter() - began)
     began = time.perf_counter()
     with torch.no_grad():
-        for _ in range(int(np.ceil(table.num_rows / FORWARD))):
+        for _ in range(int(np.ceil(table.num_rows / forward))):
             model.encode_image(pixels)
         for some in ids:
             model.encode_text(some)

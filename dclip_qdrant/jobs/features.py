@@ -27,7 +27,7 @@ from dclip_qdrant.recipe import Recipe
 from dclip_qdrant.tables import contracts
 from dclip_qdrant.tables.stages import Stage, parts, write_part
 from dclip_qdrant.training.data import apply_view, view_box
-from dclip_qdrant.training.evaluate import encode_texts
+from dclip_qdrant.training.evaluate import FORWARD, encode_texts
 from dclip_qdrant.training.models import two_tower
 
 logger = logging.getLogger(__name__)
@@ -35,7 +35,6 @@ logger = logging.getLogger(__name__)
 # bytes of an actor beside its models, benchmarks/features.py: torch, a block of pictures and its pixels
 MEMORY = 1_500_000_000
 BATCH = 32  # pictures a block; each has several views and regions
-FORWARD = 64  # pictures a forward pass
 
 Box = tuple[float, float, float, float]  # x0, y0, x1, y1 as parts of width and height
 WHOLE: Box = (0.0, 0.0, 1.0, 1.0)
@@ -345,8 +344,9 @@ class Featurise:
 
     def _batches(self, pixels: list[np.ndarray], preprocess: Preprocess) -> Iterator[Tensor]:
         """[B, 3, S, S] on the device."""
-        for start in range(0, len(pixels), FORWARD):
-            batch = preprocess.normalise(np.stack(pixels[start : start + FORWARD]))
+        size = FORWARD[self.device]
+        for start in range(0, len(pixels), size):
+            batch = preprocess.normalise(np.stack(pixels[start : start + size]))
             yield torch.from_numpy(batch).to(self.device)
 
 

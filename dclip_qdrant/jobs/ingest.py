@@ -16,7 +16,7 @@ from ray.data.datasource import Datasink
 from dclip_qdrant import errors
 from dclip_qdrant.detectors import build
 from dclip_qdrant.jobs.cluster import gpus, log_to_stdout, pool_size, quiet_data_context, threads_for
-from dclip_qdrant.pairs.readers import Layout, SourcePicture, open_source
+from dclip_qdrant.pairs.readers import Account, Layout, SourcePicture, open_source
 from dclip_qdrant.pairs.readers.layout import ARCHIVES
 from dclip_qdrant.pairs.region_files import load_regions
 from dclip_qdrant.serving.collection import CollectionSpec
@@ -169,7 +169,8 @@ def ingest(request: IngestRequest) -> Report:
     quiet_data_context()
     size = pool_size(request.actors)
     keeper = ray.remote(num_cpus=0)(LocalKeys).remote()
-    dataset = _dataset(layout)
+    account = Account(layout)
+    dataset = _dataset(layout, account)
     if request.splits:
         dataset = dataset.filter(lambda row: row["error"] or row["split"] in request.splits)
     dataset = dataset.map_batches(
@@ -192,6 +193,7 @@ def ingest(request: IngestRequest) -> Report:
             total.unchanged += report.unchanged
             total.add_rejects(rejected)
             rejects.write(rejected)
+    total.note_left_out(layout.kind, account.left_out())
     if total.embedded:
         store = open_store(**request.store)
         store.finish()
@@ -200,10 +202,10 @@ def ingest(request: IngestRequest) -> Report:
     return total
 
 
-def _dataset(layout: Layout) -> Any:
+def _dataset(layout: Layout, account: Account) -> Any:
     """The source's pictures as rows; archives are read where they are embedded."""
     if layout.kind not in ARCHIVES:
-        return ray.data.from_items([_source_row(picture) for picture in layout.pictures()])
+        return ray.data.from_items([_source_row(picture) for picture in account.pictures()])
 
     def read(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
         yield from (_source_row(picture) for picture in layout.pictures_of(storage.as_path(row["file"])))

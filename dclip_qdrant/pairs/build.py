@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from upath import UPath
 
 from dclip_qdrant.errors import DclipError, ImageError, InputError, LeakError, UsageError
-from dclip_qdrant.pairs.readers import SourcePicture, read_any
+from dclip_qdrant.pairs.readers import Account, SourcePicture, left_out_line, open_source
 from dclip_qdrant.pairs.splits import SPLIT_NAMES, SPLITS, unit_hash
 from dclip_qdrant.pairs.writer import PairsWriter, fingerprint_of
 from dclip_qdrant.pictures import images
@@ -90,11 +90,12 @@ def build(
         expected = "three numbers >= 0 that sum to 1"
         raise UsageError("`fractions`", ",".join(map(str, fractions)), expected)
     storage.check_free(out, storage.PAIRS_FOLDER, overwrite=overwrite)
-    kind, pictures = read_any(source, images_root=images_root, captions=captions)
+    layout = open_source(source, images_root=images_root, captions=captions)
+    account = Account(layout)
     with storage.new_folder(out, storage.PAIRS_FOLDER, overwrite=overwrite) as folder:
         ledger = Ledger()
         with PairsWriter(folder) as writer:
-            for row in _judged(pictures, options, ledger, progress):
+            for row in _judged(account.pictures(), options, ledger, progress):
                 writer.add(row)
         files = writer.files
         if not ledger.splits:
@@ -113,15 +114,19 @@ def build(
                 TELLING_TEST,
             )
         storage.write_json_lines(folder / "rejects.jsonl", ledger.rejects)
+        left_out = account.left_out()
+        if left_out:
+            logger.warning("%s: %s", source, left_out_line(layout.kind, left_out))
         manifest = {
             "contract": "pairs/1",
             "source": str(source),
-            "kind": kind,
+            "kind": layout.kind,
             "seed": seed,
             "splits": {s: ledger.splits[s] for s in SPLITS if ledger.splits[s]},
             "captions": ledger.captions,
             "copies": ledger.copies,
             "rejects": len(ledger.rejects),
+            "left_out": left_out,
             "fingerprint": fingerprint_of(files),
         }
         storage.write_json(folder / "manifest.json", manifest)

@@ -6,7 +6,9 @@ Training, ingestion and queries all come through here, so that the same file is 
 
 import hashlib
 import io
+import os
 import re
+import stat
 import warnings
 from pathlib import Path
 from typing import BinaryIO, cast
@@ -25,7 +27,7 @@ from dclip_qdrant.errors import ImageError, ImageTooLarge
 
 # What Pillow may decode. EPS (runs ghostscript) and rarer formats stay outside: pictures come from strangers.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")  # JPEG includes the MPO of some cameras
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
+SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
 # Pillow's own warning line (a quarter GiB of RGB): above it a picture counts as a bomb
 MAX_PIXELS = 89_478_485
 
@@ -109,7 +111,11 @@ def read(path: str | Path) -> bytes:
 
             with fsspec.open(str(path), "rb") as f:
                 return cast(BinaryIO, f).read()
-        return Path(path).read_bytes()
+        # not waited for: a named pipe would never answer
+        with os.fdopen(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb") as f:
+            if not stat.S_ISREG(os.fstat(f.fileno()).st_mode):
+                raise ImageError(path, "a pipe, a device or a folder", "a file")
+            return f.read()
     except OSError as e:
         raise ImageError(path, f"can't be read: {e.strerror or e}") from e
 

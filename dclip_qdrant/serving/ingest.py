@@ -16,7 +16,7 @@ from typing import Protocol
 
 from dclip_qdrant.detectors import Detector, as_detector
 from dclip_qdrant.errors import DclipError, InputError, PointError
-from dclip_qdrant.pairs.readers import SourcePicture, read_any
+from dclip_qdrant.pairs.readers import Account, SourcePicture, open_source
 from dclip_qdrant.pairs.region_files import load_regions
 from dclip_qdrant.pictures.regions import Regions
 from dclip_qdrant.serving.collection import CollectionSpec, check_student, metadata_of
@@ -164,25 +164,41 @@ def run(
     return report
 
 
-def source_items(
-    source: str,
-    *,
-    images_root: str | None = None,
-    prefix: str = "",
-    splits: Sequence[str] = (),
-    captions: int | None = None,
-    limit: int | None = None,
-) -> Iterator[Item]:
-    """The pictures of a folder, CSV, JSONL, tar or Parquet, on their way, each with its first `captions`.
+class SourceItems:
+    """The pictures of a folder, CSV, JSONL, tar or Parquet, on their way, each with its first `captions`; and
+    afterwards what of the source was left out.
 
     Raises:
         UsageError: nothing to read.
     """
-    _, pictures = read_any(source, images_root=images_root, captions=False)
-    wanted: Iterator[SourcePicture] = (
-        p for p in pictures if not splits or p.split in splits or p.error is not None
-    )
-    return (Item.of(picture, prefix, captions) for picture in islice(wanted, limit))
+
+    def __init__(
+        self,
+        source: str,
+        *,
+        images_root: str | None = None,
+        prefix: str = "",
+        splits: Sequence[str] = (),
+        captions: int | None = None,
+        limit: int | None = None,
+    ) -> None:
+        self._layout = open_source(source, images_root=images_root, captions=False)
+        self._account = Account(self._layout)
+        self._prefix, self._splits, self._captions, self._limit = prefix, splits, captions, limit
+
+    def __iter__(self) -> Iterator[Item]:
+        wanted: Iterator[SourcePicture] = (
+            p
+            for p in self._account.pictures()
+            if not self._splits or p.split in self._splits or p.error is not None
+        )
+        return (Item.of(p, self._prefix, self._captions) for p in islice(wanted, self._limit))
+
+    def note_left_out(self, report: Report) -> Report:
+        """The report with what was left out, once all pictures went through."""
+        if self._limit is None:  # else the rest wasn't looked at
+            report.note_left_out(self._layout.kind, self._account.left_out())
+        return report
 
 
 def prepare_collection(store: Store, student: Student, spec: CollectionSpec) -> None:
@@ -240,7 +256,7 @@ def ingest(
         threads=threads,
         layout=layout,
     )
-    items = source_items(
+    items = SourceItems(
         str(source),
         images_root=images_root,
         prefix=prefix,
@@ -250,4 +266,5 @@ def ingest(
     )
     prepare_collection(store, loaded, wish)
     judge = PictureJudge(embedder.regions_from, replace=replace, keys=LocalKeys())
-    return run(items, judge, embedder, store, rejects=rejects, progress=progress)
+    report = run(iter(items), judge, embedder, store, rejects=rejects, progress=progress)
+    return items.note_left_out(report)

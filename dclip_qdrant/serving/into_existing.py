@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dclip_qdrant.errors import DclipError, InputError, UsageError
 from dclip_qdrant.serving.collection import META, CollectionSpec, check_student, metadata_of
 from dclip_qdrant.serving.embedder import Embedder
-from dclip_qdrant.serving.ingest import LocalKeys, PictureJudge, Progress, run, source_items
+from dclip_qdrant.serving.ingest import LocalKeys, PictureJudge, Progress, SourceItems, run
 from dclip_qdrant.serving.items import Item, Payload, Report, point_id
 from dclip_qdrant.serving.stores import Point
 from dclip_qdrant.serving.stores.qdrant import Qdrant
@@ -106,9 +106,9 @@ def ingest_into(
         raise UsageError("`into_existing`", came, "the payload field that holds each picture's key")
     remembered = metadata_of(embedder.student, field=field)
     store.move_in(spec or CollectionSpec.load(), embedder.student.dim, remembered, MARK)
-    items = source_items(
+    items = SourceItems(
         source, images_root=images_root, prefix=prefix, splits=splits, captions=captions, limit=limit
     )
     judge = PictureJudge(embedder.regions_from, replace=replace, keys=LocalKeys(), refuse=guest.refuse)
-    report = run(items, judge, embedder, guest, rejects=rejects, progress=progress)
-    return report, guest
+    report = run(iter(items), judge, embedder, guest, rejects=rejects, progress=progress)
+    return items.note_left_out(report), guest

@@ -10,7 +10,7 @@ from typing import Any, TextIO
 from upath import UPath
 
 from dclip_qdrant.errors import DclipError, UsageError
-from dclip_qdrant.pairs.readers import SourcePicture
+from dclip_qdrant.pairs.readers import SourcePicture, left_out_line
 from dclip_qdrant.pictures.regions import Regions
 from dclip_qdrant.tables import storage
 
@@ -72,18 +72,25 @@ class Report:
     unchanged: int = 0
     rejected: int = 0
     reasons: list[str] = field(default_factory=list)  # the first few
+    kind: str = ""  # what the source was read as, where something of it was left out
+    left_out: dict[str, int] = field(default_factory=dict)  # files of the source's folder, by kind
 
-    def row(self) -> dict[str, int]:
-        return {
+    def row(self) -> dict[str, Any]:
+        counts = {
             "seen": self.seen,
             "embedded": self.embedded,
             "unchanged": self.unchanged,
             "rejected": self.rejected,
         }
+        return counts | ({"left_out": self.left_out} if self.left_out else {})
+
+    def note_left_out(self, kind: str, counts: dict[str, int]) -> None:
+        self.kind, self.left_out = kind, counts
 
     def line(self) -> str:
         text = f"{self.seen:,} pictures: {self.embedded:,} embedded, {self.unchanged:,} there already"
-        return text + (f", {self.rejected:,} rejected" if self.rejected else "")
+        text += f", {self.rejected:,} rejected" if self.rejected else ""
+        return text + (f"; {left_out_line(self.kind, self.left_out)}" if self.left_out else "")
 
     def add_rejects(self, rows: Sequence[dict[str, str]]) -> None:
         self.rejected += len(rows)

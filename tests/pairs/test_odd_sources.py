@@ -3,6 +3,7 @@ Each line, member or shard ends as a caption of its own picture or as a reject b
 
 import io
 import json
+import os
 import tarfile
 from pathlib import Path
 
@@ -353,3 +354,54 @@ def test_ids_of_a_csv_stay_as_they_are_written(tmp_path):
     (folder / "captions.csv").write_text("id,image,caption,price\n1e5,p0.jpg,a,1\n2.50,p1.jpg,b,2.5\n")
     rows = list(read_any(str(folder))[1])
     assert [(p.key, p.extra) for p in rows] == [("1e5", {"price": 1.0}), ("2.50", {"price": 2.5})]
+
+
+def test_what_no_reader_took_is_counted_by_kind(tmp_path):
+    from dclip_qdrant.pairs.readers import Account, left_out_line, open_source
+
+    folder = tmp_path / "phone"
+    (folder / "trip").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    for name in ("a.jpg", "b.jfif", "trip/c.JPE"):
+        Image.new("RGB", (8, 8), "red").save(folder / name, "JPEG")
+    (folder / "a.txt").write_text("a red square")
+    for name in ("d.HEIC", "e.heic", "trip/scan.jp2", "notes", ".DS_Store", "._a.jpg", "lonely.txt"):
+        (folder / name).write_bytes(b"x")
+    (folder / "more").symlink_to(tmp_path / "elsewhere")
+    for name in ("@eaDir", ".thumbnails"):
+        (folder / name).mkdir()
+        Image.new("RGB", (4, 4)).save(folder / name / "a.jpg")
+    account = Account(open_source(str(folder), captions=False))
+    assert sorted(p.key for p in account.pictures()) == ["a.jpg", "b.jfif", "trip/c.JPE"]
+    counts = account.left_out()
+    wanted = {
+        ".heic": 2,
+        "hidden or system folders": 2,
+        ".jp2": 1,
+        "without a suffix": 1,
+        ".txt": 1,
+        "linked folders, not entered (more)": 1,
+    }
+    assert counts == wanted
+    said = left_out_line("folder", counts)
+    assert said.startswith("read as folder; left out: 2 ")
+    assert "2 .heic" in said
+
+    (folder / "captions.csv").write_text("image,caption\na.jpg,a red square\n")
+    account = Account(open_source(str(folder)))
+    assert [p.key for p in account.pictures()] == ["a.jpg"]
+    counts = account.left_out()
+    assert (counts[".jfif"], counts[".jpe"]) == (1, 1)
+    assert ".csv" not in counts
+    assert ".jpg" not in counts
+
+
+def test_a_named_pipe_is_refused_and_not_waited_for(tmp_path):
+    from dclip_qdrant.errors import ImageError
+    from dclip_qdrant.pictures.images import read
+
+    os.mkfifo(tmp_path / "pipe.jpg")
+    with pytest.raises(ImageError, match="a pipe, a device or a folder"):
+        read(tmp_path / "pipe.jpg")
+    with pytest.raises(ImageError, match="can't be read"):
+        read(tmp_path / "nothing.jpg")

@@ -9,9 +9,10 @@ one bad item costs itself, never the rest.
 from collections.abc import Iterator
 
 from dclip_qdrant.pairs.readers.layout import Layout, open_source
+from dclip_qdrant.pairs.readers.left_out import Account, left_out_line
 from dclip_qdrant.pairs.readers.picture import SourcePicture
 
-__all__ = ["Layout", "SourcePicture", "open_source", "read_any"]
+__all__ = ["Account", "Layout", "SourcePicture", "left_out_line", "open_source", "read_any"]
 
 
 def read_any(

@@ -14,7 +14,7 @@ from dclip_qdrant.pairs.readers.picture import (
     find_column,
     unusable,
 )
-from dclip_qdrant.pairs.readers.tar_file import CAPTION_SUFFIXES
+from dclip_qdrant.pairs.readers.tar_file import CAPTION_SUFFIXES, is_litter, is_system_folder
 from dclip_qdrant.pictures.images import SUFFIXES
 
 
@@ -23,7 +23,7 @@ def read_folder(path: UPath, root: UPath) -> Iterator[SourcePicture]:
     for folder, names in _folders(path):
         beside = set(names)
         for name in sorted(names):
-            if name.lower().endswith(SUFFIXES):
+            if name.lower().endswith(SUFFIXES) and not is_litter(name):
                 yield _picture(path, folder / name, beside)
 
 
@@ -41,7 +41,7 @@ def _folders(path: UPath) -> Iterator[tuple[UPath, list[str]]]:
     """Each folder below (and the folder itself) with the names of its files."""
     if "://" not in str(path):
         for folder, folders, files in os.walk(str(path)):
-            folders.sort()
+            folders[:] = sorted(name for name in folders if not is_system_folder(name))
             yield UPath(folder), files
         return
     by_folder: dict[str, list[str]] = {}

@@ -20,6 +20,15 @@ from dclip_qdrant.pairs.readers.picture import (
 )
 from dclip_qdrant.pictures.images import SUFFIXES
 
+SYSTEM_FOLDERS = {
+    "@eaDir",
+    "#recycle",
+    "@Recycle",
+    "$RECYCLE.BIN",
+    "__MACOSX",
+    "lost+found",
+    "System Volume Information",
+}
 CAPTION_SUFFIXES = ("txt", "caption", "text")
 BROKEN = (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, OSError)
 
@@ -74,6 +83,12 @@ def is_litter(name: str) -> bool:
     """What Macs put beside files: `._name` (AppleDouble), `__MACOSX`, `.DS_Store`."""
     parts = name.split("/")
     return parts[-1].startswith("._") or parts[-1] == ".DS_Store" or "__MACOSX" in parts
+
+
+def is_system_folder(name: str) -> bool:
+    """Thumbnails, bins and the like, which Macs, Windows and NAS systems keep beside pictures; hidden
+    folders."""
+    return name.startswith(".") or name in SYSTEM_FOLDERS
 
 
 def _stem(name: str) -> tuple[str, str]:

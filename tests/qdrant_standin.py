@@ -175,6 +175,12 @@ def _retrieve(server: Standin, name: str, body: Any) -> Any:
     return {"list": json.loads(TypeAdapter(list[models.Record]).dump_json(found))}
 
 
+def _batch(server: Standin, name: str, body: Any) -> Any:
+    operations = models.UpdateOperations(**server.infer(body, "update")).operations
+    results = server.engine.batch_update_points(name, operations)
+    return [json.loads(result.model_dump_json()) for result in results]
+
+
 def _facet(server: Standin, name: str, body: Any) -> Any:
     r = models.FacetRequest(**body)
     return server.engine.facet(name, r.key, limit=r.limit or 10)
@@ -211,6 +217,7 @@ ROUTES = (
     ("POST", COLLECTION + "/points/query", _query),
     ("POST", COLLECTION + "/points/scroll", _scroll),
     ("POST", COLLECTION + "/points/count", lambda s, n, b: s.engine.count(n)),
+    ("POST", COLLECTION + "/points/batch", _batch),
     ("POST", COLLECTION + "/facet", _facet),
 )
 

@@ -22,7 +22,6 @@ from dclip_qdrant.pairs.region_files import load_regions
 from dclip_qdrant.serving.collection import CollectionSpec
 from dclip_qdrant.serving.embedder import Embedder
 from dclip_qdrant.serving.ingest import (
-    CHECKED,
     LocalKeys,
     PictureJudge,
     judge_and_embed,
@@ -83,6 +82,9 @@ class Snapshot:
     def upsert(self, points: list[Point]) -> None:
         raise NotImplementedError("the sink writes")
 
+    def set_payloads(self, payloads: dict[str, Payload]) -> None:
+        raise NotImplementedError("the sink writes")
+
     def finish(self) -> None: ...
 
 
@@ -99,9 +101,7 @@ class Embed:
             threads=max(2, threads),
         )
         self.prefix, self.captions = request.prefix, request.captions
-        self.judge = PictureJudge(
-            self.embedder.regions_from, replace=request.replace, keys=SharedKeys(keeper)
-        )
+        self.judge = PictureJudge(self.embedder, replace=request.replace, keys=SharedKeys(keeper))
         self.stored = open_store(**request.store) if snapshot is None else Snapshot(ray.get(snapshot))
 
     def __call__(self, table: pa.Table) -> pa.Table:
@@ -132,6 +132,14 @@ class CollectionSink(Datasink):
                 rows = table.to_pylist()
                 points = [_point(row) for row in rows if row["status"] == "embedded"]
                 refused = write_points(store, points)
+                renewed = {
+                    point_id(row["key"]): json.loads(row["payload"])
+                    for row in rows
+                    if row["status"] == "updated"
+                }
+                if renewed:
+                    store.set_payloads(renewed)
+                report.updated += len(renewed)
                 report.seen += len(rows)
                 report.unchanged += sum(row["status"] == "unchanged" for row in rows)
                 report.embedded += len(points) - len(refused)
@@ -162,7 +170,7 @@ def ingest(request: IngestRequest) -> Report:
     try:
         prepare_collection(store, Student.load(request.student), request.spec or CollectionSpec.load())
         if request.store.get("edge"):
-            held = {p.id: {name: p.payload.get(name) for name in CHECKED} for p in store.scroll()}
+            held = {p.id: p.payload for p in store.scroll()}
             snapshot = ray.put(held)
     finally:
         store.close()
@@ -190,6 +198,7 @@ def ingest(request: IngestRequest) -> Report:
         for report, rejected in sink.returns:
             total.seen += report.seen
             total.embedded += report.embedded
+            total.updated += report.updated
             total.unchanged += report.unchanged
             total.add_rejects(rejected)
             rejects.write(rejected)
@@ -243,14 +252,17 @@ def _picture(row: dict[str, Any]) -> SourcePicture:
 def _row(item: Item, point: Point | None) -> dict[str, Any]:
     """An item's row of the embeddings contract."""
     status = "embedded"
-    if item.error is not None or item.unchanged:
-        status = "rejected" if item.error is not None else "unchanged"
+    payload = point.payload if point else item.renewed or {}
+    if item.error is not None:
+        status = "rejected"
+    elif not item.pending:
+        status = "unchanged" if item.unchanged else "updated"
     return {
         "key": item.key,
         "uri": item.picture.uri,
         "image": point.image if point else [],
         "regions": list(point.regions) if point and point.regions is not None else [],
-        "payload": json.dumps(point.payload) if point else "{}",
+        "payload": json.dumps(payload),
         "status": status,
         "reason": str(item.error) if item.error is not None else None,
     }

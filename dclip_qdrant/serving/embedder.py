@@ -19,6 +19,9 @@ from dclip_qdrant.serving.student import TOP_K, Student
 Layout = Literal["flat", "langchain"]
 
 
+SEEN = ("width", "height", "boxes", "scores", "labels")  # of a payload: what the picture itself shows
+
+
 class Embedder:
     """What happens to a batch of pictures between a source and a collection.
 
@@ -95,14 +98,18 @@ class Embedder:
     def _payload(self, item: Item) -> Payload:
         if item.carried is not None:
             return item.carried | {"student": self.student.model_name}
+        seen = {"width": item.size[0], "height": item.size[1], **item.regions.row()}
+        return self.payload_of(item, seen)
+
+    def payload_of(self, item: Item, seen: Payload) -> Payload:
+        """What is stored beside the vectors: what the source says of a picture, and what was `seen` in it
+        (SEEN), now or when it was embedded."""
         own: Payload = {
             "key": item.key,
             "uri": item.picture.uri,
             "content_hash": item.content_hash,
             "caption": item.caption,
-            "width": item.size[0],
-            "height": item.size[1],
-            **item.regions.row(),
+            **{name: seen.get(name) for name in SEEN},
             "detector": self.regions_from,
             "student": self.student.model_name,
         }

@@ -4,10 +4,12 @@
 
 A source gives items; a judge marks those that are there already or have no place there; the embedder makes
 points of the rest; a sink (a store, or a guest in somebody's collection) takes them. Point ids follow from
-keys, so that ingesting twice updates. What is there already with the same content, text and regions is
-skipped without being decoded; a killed run therefore goes on where it was.
+keys, so that ingesting twice updates. What is there already with the same content, text and regions isn't
+decoded again: it is skipped, or its payload brought up to date where the source says something else of it. A
+killed run therefore goes on where it was.
 """
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -27,8 +29,6 @@ from dclip_qdrant.serving.student import TOP_K, Student, as_student
 
 WINDOW = 128  # pictures in flight: bounds memory
 WRITTEN_TOGETHER = 64  # points a request
-# what decides whether a picture is there already
-CHECKED = ["content_hash", "caption", "detector", "uri", "key"]
 
 Progress = Callable[[Report], None]
 Refuse = Callable[[Item], DclipError | None]
@@ -43,6 +43,8 @@ class Sink(Protocol):
     def payloads(self, ids: list[str], keys: list[str] | None) -> dict[str, Payload]: ...
 
     def upsert(self, points: list[Point]) -> None: ...
+
+    def set_payloads(self, payloads: dict[str, Payload]) -> None: ...
 
     def finish(self) -> None: ...
 
@@ -68,16 +70,26 @@ class LocalKeys:
 
 
 class PictureJudge:
-    """Which pictures of a source are new, which are there already, and which have no place in the
-    collection."""
+    """Which pictures of a source are new, which are there already (and what is stored of them is still what
+    the source says), and which have no place in the collection.
+
+    `shared`: points have payload of somebody else's beside ours.
+    """
 
     def __init__(
-        self, regions_from: str | None, *, replace: bool, keys: Keys, refuse: Refuse | None = None
+        self,
+        embedder: Embedder,
+        *,
+        replace: bool,
+        keys: Keys,
+        refuse: Refuse | None = None,
+        shared: bool = False,
     ) -> None:
-        self.regions_from = regions_from
+        self.embedder = embedder
         self.replace = replace
         self.keys = keys
         self.refuse = refuse
+        self.shared = shared
 
     def __call__(self, items: Sequence[Item], stored: dict[str, Payload]) -> None:
         usable = [item for item in items if item.error is None]
@@ -92,21 +104,31 @@ class PictureJudge:
                 self._compare(item, stored[item.id])
 
     def _compare(self, item: Item, there: Payload) -> None:
-        """Marks the item as unchanged, or as a different picture of another place under the same key."""
-        other_content = there["content_hash"] != item.content_hash
-        if other_content and there["uri"] != item.picture.uri and not self.replace:
-            came = f"the key {item.key!r} is taken by another picture ({there['uri']})"
+        """Marks the item as unchanged, as one whose payload is to be renewed, or as a different picture of
+        another place under the same key."""
+        other_content = there.get("content_hash") != item.content_hash
+        if other_content and there.get("uri") != item.picture.uri and not self.replace:
+            came = f"the key {item.key!r} is taken by another picture ({there.get('uri')})"
             do = "`prefix` NAME/ keeps sources apart, `replace` takes the new one"
             item.error = InputError(item.picture.uri, came, "one key, one picture", do)
             return
-        was = (there["content_hash"], there["caption"] or "", there["detector"])
-        item.unchanged = was == (item.content_hash, item.caption, self.regions_from)
+        # vectors follow from these: the words are a vector of their own in some engines
+        was = (there.get("content_hash"), there.get("caption") or "", there.get("detector"))
+        if was != (item.content_hash, item.caption, self.embedder.regions_from):
+            return
+        # as an engine gives it back: JSON has no tuples
+        wanted = json.loads(json.dumps(self.embedder.payload_of(item, there)))
+        have = {name: there.get(name) for name in wanted} if self.shared else there
+        if have == wanted:
+            item.unchanged = True
+        else:
+            item.renewed = wanted
 
 
 def judge_and_embed(items: Sequence[Item], judge: Judge, embedder: Embedder, sink: Sink) -> list[Point]:
     """One window of the loop without its last step; items that were read -> the points to write."""
     ids = [i.id for i in items if i.error is None]
-    judge(items, sink.payloads(ids, CHECKED))
+    judge(items, sink.payloads(ids, None))
     return embedder.embed([i for i in items if i.pending])
 
 
@@ -152,9 +174,13 @@ def run(
             coming = ahead.submit(next_window)  # the next window is read while this one is embedded
             points = judge_and_embed(window, judge, embedder, sink)
             refused = write_points(sink, points)
+            renewed = {i.id: i.renewed for i in window if i.renewed is not None and i.error is None}
+            if renewed:
+                sink.set_payloads(renewed)
             rejected = refused + [i.reject_row() for i in window if i.error is not None]
             rejects_file.write(rejected)
             report.seen += len(window)
+            report.updated += len(renewed)
             report.unchanged += sum(i.unchanged for i in window)
             report.embedded += len(points) - len(refused)
             report.add_rejects(rejected)
@@ -265,6 +291,6 @@ def ingest(
         limit=limit,
     )
     prepare_collection(store, loaded, wish)
-    judge = PictureJudge(embedder.regions_from, replace=replace, keys=LocalKeys())
+    judge = PictureJudge(embedder, replace=replace, keys=LocalKeys())
     report = run(iter(items), judge, embedder, store, rejects=rejects, progress=progress)
     return items.note_left_out(report)

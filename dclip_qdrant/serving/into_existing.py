@@ -66,6 +66,9 @@ class Guest:
             [Point(host, p.image, p.regions, p.payload) for p in points for host in self.hosts[p.id]]
         )
 
+    def set_payloads(self, payloads: dict[str, Payload]) -> None:
+        self.store.set_payloads({host: own for ours, own in payloads.items() for host in self.hosts[ours]})
+
     def finish(self) -> None:
         self.store.finish()
 
@@ -109,6 +112,6 @@ def ingest_into(
     items = SourceItems(
         source, images_root=images_root, prefix=prefix, splits=splits, captions=captions, limit=limit
     )
-    judge = PictureJudge(embedder.regions_from, replace=replace, keys=LocalKeys(), refuse=guest.refuse)
+    judge = PictureJudge(embedder, replace=replace, keys=LocalKeys(), refuse=guest.refuse, shared=True)
     report = run(iter(items), judge, embedder, guest, rejects=rejects, progress=progress)
     return items.note_left_out(report), guest

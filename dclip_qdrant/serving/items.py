@@ -29,7 +29,8 @@ def point_id(key: str) -> str:
 class Item:
     """One picture on its way: what the source said, its bytes, and what became of it.
 
-    `carried`: the payload of an older point, which goes on whole; else the payload is made anew.
+    `carried`: the payload of an older point, which goes on whole; else the payload is made anew. `renewed`:
+    the payload of a picture that is there already, where the source says something else of it now.
     """
 
     picture: SourcePicture
@@ -41,6 +42,7 @@ class Item:
     size: tuple[int, int] = (0, 0)
     regions: Regions = field(default_factory=Regions)
     unchanged: bool = False
+    renewed: Payload | None = None
     error: DclipError | None = None
 
     @classmethod
@@ -52,8 +54,8 @@ class Item:
 
     @property
     def pending(self) -> bool:
-        """Whether there is still something to do with it."""
-        return self.error is None and not self.unchanged
+        """Whether it is still to be embedded."""
+        return self.error is None and not self.unchanged and self.renewed is None
 
     @property
     def caption(self) -> str:
@@ -69,6 +71,7 @@ class Report:
 
     seen: int = 0
     embedded: int = 0
+    updated: int = 0  # there already; what is said of them is new
     unchanged: int = 0
     rejected: int = 0
     reasons: list[str] = field(default_factory=list)  # the first few
@@ -79,6 +82,7 @@ class Report:
         counts = {
             "seen": self.seen,
             "embedded": self.embedded,
+            "updated": self.updated,
             "unchanged": self.unchanged,
             "rejected": self.rejected,
         }
@@ -89,6 +93,7 @@ class Report:
 
     def line(self) -> str:
         text = f"{self.seen:,} pictures: {self.embedded:,} embedded, {self.unchanged:,} there already"
+        text += f", {self.updated:,} updated" if self.updated else ""
         text += f", {self.rejected:,} rejected" if self.rejected else ""
         return text + (f"; {left_out_line(self.kind, self.left_out)}" if self.left_out else "")
 

@@ -187,7 +187,10 @@ EMBEDDINGS = Contract(
             "JSON of the payload: key, uri, content_hash, caption, boxes, labels, scores, "
             "width, height, student, ...",
         ),
-        "status": (pa.string(), "embedded, unchanged (there already) or rejected"),
+        "status": (
+            pa.string(),
+            "embedded, updated (there already, with another payload), unchanged (there already) or rejected",
+        ),
         "reason": (pa.string(), "why it was rejected, or null"),
     },
 )

@@ -1,13 +1,12 @@
 """What contrastive objectives share: cosine logits of two sets of vectors, the ways to compare logits with
 labels and with a teacher's, prefixes of vectors."""
 
-from collections.abc import Callable, Sequence
-from typing import cast
+from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 
 def cosine_logits(a: Tensor, b: Tensor, temperature: float | Tensor) -> Tensor:
@@ -34,26 +33,49 @@ BLOCK = 1024  # rows
 
 def info_nce_of(image: Tensor, text: Tensor, owner: Tensor, temperature: float | Tensor) -> Tensor:
     """`info_nce` of image [N, D] and text [M, D], not normalised, in memory that grows with N + M where N * M
-    is large: blocks of rows are made anew in the backward pass. The same value and gradient."""
+    is large. The same value and gradient."""
     if len(image) * len(text) <= WHOLE:
         return info_nce(cosine_logits(image, text, temperature), owner)
-    a, b = F.normalize(image, dim=-1), F.normalize(text, dim=-1)
-
-    def of_images(start: int, stop: int) -> Tensor:
-        y = (torch.arange(start, stop, device=owner.device)[:, None] == owner[None]).float()
-        return F.cross_entropy(a[start:stop] @ b.T / temperature, y / y.sum(1, keepdim=True), reduction="sum")
-
-    def of_texts(start: int, stop: int) -> Tensor:
-        return F.cross_entropy(b[start:stop] @ a.T / temperature, owner[start:stop], reduction="sum")
-
-    return (_in_blocks(of_images, len(a)) / len(a) + _in_blocks(of_texts, len(b)) / len(b)) / 2
+    tau = torch.as_tensor(temperature, device=image.device)
+    loss = _InBlocks.apply(F.normalize(image, dim=-1), F.normalize(text, dim=-1), tau, owner)
+    return cast(Tensor, loss)
 
 
-def _in_blocks(loss: Callable[[int, int], Tensor], rows: int) -> Tensor:
-    """The sum of loss(start, stop) over blocks of rows, none of them kept for the backward pass."""
-    spans = [(start, min(start + BLOCK, rows)) for start in range(0, rows, BLOCK)]
-    pieces = [checkpoint(loss, *span, use_reentrant=False) for span in spans]
-    return torch.stack(cast(list[Tensor], pieces)).sum()
+class _InBlocks(torch.autograd.Function):
+    """InfoNCE of unit vectors a [N, D], b [M, D], block of rows by block of rows; each block's gradient is
+    taken at once, so that no block's logits wait for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor, tau: Tensor, owner: Tensor) -> Tensor:
+        inputs = [x.detach().requires_grad_() for x in (a, b, tau)]
+        gradients = [torch.zeros_like(x) for x in inputs]
+        total = torch.zeros((), device=a.device)
+
+        def of_images(start: int, stop: int) -> Tensor:
+            a, b, tau = inputs
+            y = (torch.arange(start, stop, device=owner.device)[:, None] == owner[None]).float()
+            logits = a[start:stop] @ b.T / tau
+            return F.cross_entropy(logits, y / y.sum(1, keepdim=True), reduction="sum") / (2 * len(a))
+
+        def of_texts(start: int, stop: int) -> Tensor:
+            a, b, tau = inputs
+            logits = b[start:stop] @ a.T / tau
+            return F.cross_entropy(logits, owner[start:stop], reduction="sum") / (2 * len(b))
+
+        for one_way, rows in ((of_images, len(a)), (of_texts, len(b))):
+            for start in range(0, rows, BLOCK):
+                with torch.enable_grad():
+                    loss = one_way(start, min(start + BLOCK, rows))
+                    for sums, own in zip(gradients, torch.autograd.grad(loss, inputs), strict=True):
+                        sums += own
+                total += loss.detach()
+        ctx.save_for_backward(*gradients)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Any) -> Any:
+        (upstream,) = outputs
+        return (*(upstream * gradient for gradient in ctx.saved_tensors), None)
 
 
 def divergence(s: Tensor, t: Tensor | Sequence[Tensor], y: Tensor, labels: float) -> Tensor:

@@ -36,6 +36,7 @@ def work(student_folder, scenes_folder, tmp_path_factory):
         "collection": "c",
         "seen": 60,
         "embedded": 60,
+        "updated": 0,
         "unchanged": 0,
         "rejected": 0,
         "points": 60,

@@ -156,12 +156,12 @@ def test_ingest_job_and_cli_agree(on_head, student_folder, scenes_folder, tmp_pa
     )
     done = job("ingest", *args, env=on_head)
     assert done.returncode == 3, done.stdout[-2000:] + done.stderr[-2000:]
-    assert '"seen": 14, "embedded": 12, "unchanged": 0, "rejected": 2}' in done.stdout
+    assert '"seen": 14, "embedded": 12, "updated": 0, "unchanged": 0, "rejected": 2}' in done.stdout
     rejects = (tmp_path / "r.jsonl").read_text()
     assert "looks like text" in rejects
     assert "a second picture named '0.jpg'" in rejects
     again = job("ingest", *args, env=on_head)
-    assert '"seen": 14, "embedded": 0, "unchanged": 12, "rejected": 2}' in again.stdout
+    assert '"seen": 14, "embedded": 0, "updated": 0, "unchanged": 12, "rejected": 2}' in again.stdout
     ours, theirs = open_store("c", edge=str(tmp_path / "cli")), open_store("c", edge=str(tmp_path / "job"))
     report = ingest(str(source), Student.load(student_folder), ours)
     assert (report.seen, report.embedded, report.rejected) == (14, 12, 2)

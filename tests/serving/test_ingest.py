@@ -17,6 +17,7 @@ from dclip_qdrant.errors import MismatchError, PointError, UsageError
 from dclip_qdrant.pictures import images
 from dclip_qdrant.pictures.regions import Regions
 from dclip_qdrant.serving.collection import CollectionSpec
+from dclip_qdrant.serving.embedder import Embedder
 from dclip_qdrant.serving.ingest import ingest
 from dclip_qdrant.serving.items import point_id
 from dclip_qdrant.serving.search import Fusion, _diverse, parse_filter, search
@@ -80,6 +81,40 @@ def test_the_second_run_embeds_nothing_and_changes_are_noticed(student, scenes_f
     assert (report.embedded, report.unchanged, store.count()) == (1, 5, 6)
     report = ingest(str(src), student, store, detector=Grid())  # regions are wanted now
     assert report.embedded == 6
+
+
+def test_what_a_source_says_anew_is_stored_without_embedding_again(student, tmp_path, monkeypatch):
+    folder = tmp_path / "shop"
+    folder.mkdir()
+    for i in range(3):
+        Image.new("RGB", (20, 16), (70 * i, 90, 30)).save(folder / f"{i}.png")
+
+    def says(price, **more):
+        rows = [{"file_name": f"{i}.png", "caption": f"thing {i}", "price": price + i} for i in range(3)]
+        (folder / "captions.jsonl").write_text("".join(json.dumps(row | more) + "\n" for row in rows))
+
+    store = Exact("c")
+    says(10, season="summer")
+    ingest(folder, student, store)
+    embedded = []
+    monkeypatch.setattr(Embedder, "embed", lambda self, items: embedded.extend(items) or [])
+    assert ingest(folder, student, store).row()["unchanged"] == 3
+    says(90, split="test")
+    report = ingest(folder, student, store)
+    assert (report.updated, report.unchanged, report.embedded) == (3, 0, 0)
+    payload = store.payloads([point_id("1.png")], None)[point_id("1.png")]
+    assert (payload["price"], payload["split"], payload["width"]) == (91, "test", 20)
+    assert "season" not in payload  # the source no longer says so
+    folder.rename(tmp_path / "moved")
+    assert ingest(tmp_path / "moved", student, store).updated == 3
+    uris = [p.payload["uri"] for p in store.scroll()]
+    assert all(uri.startswith(f"{tmp_path}/moved/") for uri in uris)
+    report = ingest(tmp_path / "moved", student, store, layout="langchain")
+    assert report.updated == 3
+    payload = store.payloads([point_id("1.png")], None)[point_id("1.png")]
+    assert payload["page_content"] == "thing 1"
+    assert payload["metadata"]["price"] == 91
+    assert not embedded
 
 
 def test_another_picture_under_a_taken_key_is_rejected_not_overwritten(student, scenes_folder, tmp_path):

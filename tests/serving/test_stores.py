@@ -419,3 +419,14 @@ def test_an_older_servers_metadata_stands_aside_and_follows_aliases(monkeypatch)
     fresh.set_metadata(fresh.metadata() | {"note": 1})
     assert where.open("c").metadata()["note"] == 1
     assert len(where.open("c").query(Query(limit=3, vector=q()))) == 3
+
+
+def test_payloads_are_replaced_and_vectors_stay(full):
+    before = {p.id: p for p in full.scroll(with_vectors=True)}
+    chosen = sorted(before)[:2]
+    new = {i: {"key": f"new {n}", "caption": "a green cat", "price": 7} for n, i in enumerate(chosen)}
+    full.set_payloads(new)
+    after = {p.id: p for p in full.scroll(with_vectors=True)}
+    for i, point in after.items():
+        np.testing.assert_array_equal(point.image, before[i].image)
+        assert point.payload == new.get(i, before[i].payload)

@@ -93,6 +93,10 @@ class Store(Protocol):
 
     def upsert(self, points: list[Point]) -> None: ...
 
+    def set_payloads(self, payloads: dict[str, Payload]) -> None:
+        """Replaces the payloads of these points, by id; vectors stay."""
+        ...
+
     def query(self, query: Query) -> list[ScoredPoint]: ...
 
     def facet(self, key: str, limit: int) -> list[tuple[str, int]]:

@@ -187,6 +187,12 @@ class Edge:
             kind = StoreError if of_the_disk else PointError
             raise kind(self.path, str(e).splitlines()[0][:300]) from e
 
+    def set_payloads(self, payloads: dict[str, Payload]) -> None:
+        shard = self._open()
+        for i, payload in payloads.items():
+            change = E.UpdateOperation.overwrite_payload([i], payload)
+            self._call(lambda change=change: shard.update(change))
+
     def query(self, query: Query) -> list[ScoredPoint]:
         shard, where, widths = self._open(), _filter(query.where, query.exclude), self._widths()
         sources = _sources(query, widths, where)

@@ -66,6 +66,11 @@ class Exact:
                 p.id, normalise(p.image), None if p.regions is None else normalise(p.regions), dict(p.payload)
             )
 
+    def set_payloads(self, payloads: dict[str, dict[str, Any]]) -> None:
+        known = self._known()
+        for i, payload in payloads.items():
+            known[i].payload = dict(payload)
+
     def query(self, query: Query) -> list[ScoredPoint]:
         matching = {
             i: p

@@ -276,6 +276,18 @@ class Qdrant:
             structs.append(m.PointStruct(id=p.id, vector=vector, payload=p.payload))
         self._call(lambda: self.client.upsert(self.name, structs, wait=True))
 
+    def set_payloads(self, payloads: dict[str, Payload]) -> None:
+        names = self._names()
+        changes: list[Any] = []
+        for i, payload in payloads.items():
+            new = m.SetPayload(payload=payload, points=[sent_id(i)], key=names.mark)
+            # under a mark the point's other payload is somebody else's
+            if names.mark:
+                changes.append(m.SetPayloadOperation(set_payload=new))
+            else:
+                changes.append(m.OverwritePayloadOperation(overwrite_payload=new))
+        self._call(lambda: self.client.batch_update_points(self.name, changes, wait=True))
+
     def facet(self, key: str, limit: int) -> list[tuple[str, int]]:
         field = self._names().field(key)
         answer = self._call(lambda: self.client.facet(self.name, field, limit=limit, exact=True))

@@ -61,7 +61,8 @@ def _work(config: dict[str, Any]) -> None:
         if own is None:
             raise
         write_text(complaint, own.as_json())
-        raise own from None
+        if comm.world > 1:  # else the others would wait for this one; Ray prints what is raised, at length
+            raise own from None
     finally:
         worker.close()
 

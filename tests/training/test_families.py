@@ -35,7 +35,7 @@ FAMILIES = {
     "ViT with QuickGELU": {**TINY["model_cfg"], "quick_gelu": True},
     "SigLIP": {
         "embed_dim": 192,
-        "vision_cfg": timm("vit_tiny_patch16_224", 32, timm_pool="map", timm_proj="none"),
+        "vision_cfg": timm("vit_tiny_patch16_224", 224, timm_pool="map", timm_proj="none"),
         "text_cfg": {**BOTH_WAYS, "tokenizer_kwargs": {"clean": "canonicalize"}},
         "custom_text": True,
     },
@@ -47,7 +47,7 @@ FAMILIES = {
     },
     "EVA02": {
         "embed_dim": 48,
-        "vision_cfg": timm("eva02_tiny_patch14_224", 56, timm_pool="token", timm_proj=None),
+        "vision_cfg": timm("eva02_tiny_patch14_224", 224, timm_pool="token", timm_proj=None),
         "text_cfg": TEXT,
         "custom_text": True,
     },

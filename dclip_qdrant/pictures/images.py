@@ -16,8 +16,8 @@ from typing import BinaryIO, cast
 import numpy as np
 from PIL import (
     AvifImagePlugin,  # noqa: F401  (plugins register themselves)
+    ExifTags,
     Image,
-    ImageOps,
     TiffImagePlugin,  # noqa: F401
     UnidentifiedImageError,
     WebPImagePlugin,  # noqa: F401
@@ -30,6 +30,17 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")  # JPEG includes
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
 # Pillow's own warning line (a quarter GiB of RGB): above it a picture counts as a bomb
 MAX_PIXELS = 89_478_485
+
+PNG = b"\x89PNG\r\n\x1a\n"
+TURNS = {  # EXIF 2.3, table 6: how a stored picture becomes upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 Picture = str | Path | bytes | Image.Image | BinaryIO  # what a person passes as one
 
@@ -47,11 +58,12 @@ def open_rgb(data: bytes, where: object, *, max_pixels: int = MAX_PIXELS) -> Ima
         with warnings.catch_warnings():
             # Pillow warns of odd EXIF and of bombs; we judge the size ourselves
             warnings.simplefilter("ignore")
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
-            if image.width * image.height > max_pixels:
-                came = f"{image.width} x {image.height} pixels"
-                raise ImageTooLarge(where, came, f"at most {max_pixels:,} pixels")
-            image.load()
+            try:
+                image = _loaded(data, where, max_pixels)
+            except ValueError as e:
+                if "text" not in str(e).lower():  # Pillow's limits on text and profiles, not on pixels
+                    raise
+                image = _loaded(_without_text(data), where, max_pixels)
             return upright(image)
     except ImageError:
         raise
@@ -63,6 +75,28 @@ def open_rgb(data: bytes, where: object, *, max_pixels: int = MAX_PIXELS) -> Ima
         raise ImageError(where, f"not a picture ({_looks_like(data)})", "one of " + ", ".join(FORMATS)) from e
     except Exception as e:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, ...
         raise ImageError(where, f"can't be decoded: {str(e) or type(e).__name__}", "a whole picture") from e
+
+
+def _loaded(data: bytes, where: object, max_pixels: int) -> Image.Image:
+    image = Image.open(io.BytesIO(data), formats=FORMATS)
+    if image.width * image.height > max_pixels:
+        came = f"{image.width} x {image.height} pixels"
+        raise ImageTooLarge(where, came, f"at most {max_pixels:,} pixels")
+    image.load()
+    return image
+
+
+def _without_text(data: bytes) -> bytes:
+    """A PNG without the chunks that say things beside the pixels: workflows of a megabyte, huge profiles."""
+    if not data.startswith(PNG):
+        return data
+    kept, at = [PNG], len(PNG)
+    while at + 12 <= len(data):
+        end = at + 12 + int.from_bytes(data[at : at + 4], "big")  # length, name, content, checksum
+        if data[at + 4 : at + 8] not in (b"zTXt", b"iTXt", b"tEXt", b"iCCP"):
+            kept.append(data[at:end])
+        at = end
+    return b"".join(kept)
 
 
 def as_rgb(picture: Picture, where: object = "picture") -> Image.Image:
@@ -87,7 +121,17 @@ def _looks_like(data: bytes) -> str:
 
 def upright(image: Image.Image) -> Image.Image:
     """A loaded picture as `open_rgb` gives it: EXIF rotation applied, RGB."""
-    return _to_rgb(ImageOps.exif_transpose(image))
+    turn = TURNS.get(_orientation(image))
+    return _to_rgb(image if turn is None else image.transpose(turn))
+
+
+def _orientation(image: Image.Image) -> int:
+    """What EXIF says, 1 to 8; 1 where it can't be read. (Pillow's own exif_transpose also writes EXIF anew,
+    and fails where an entry that nobody needs is odd.)"""
+    try:
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # SyntaxError, struct.error, ValueError, ...: whatever the bytes lead to
+        return 1
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

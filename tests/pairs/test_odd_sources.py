@@ -405,3 +405,16 @@ def test_a_named_pipe_is_refused_and_not_waited_for(tmp_path):
         read(tmp_path / "pipe.jpg")
     with pytest.raises(ImageError, match="can't be read"):
         read(tmp_path / "nothing.jpg")
+
+
+def test_a_name_that_is_not_utf8_costs_itself(tmp_path):
+    folder = os.fsencode(tmp_path / "old")
+    os.mkdir(folder)
+    for name in (b"a.png", b"caf\xe9.png"):
+        with open(os.path.join(folder, name), "wb") as f:
+            f.write(jpg(1))
+    rows = list(open_source(str(tmp_path / "old"), captions=False).pictures())
+    assert [row.key for row in rows if row.error is None] == ["a.png"]
+    (bad,) = [row for row in rows if row.error is not None]
+    assert bad.key == "caf\N{REPLACEMENT CHARACTER}.png"
+    assert "a file name that is not UTF-8" in str(bad.error)

@@ -120,3 +120,56 @@ def test_pixel_hash_sees_through_names_and_lossless_packing(corner):
 def test_a_missing_file_is_an_image_error(tmp_path):
     with pytest.raises(ImageError, match="No such file"):
         images.read(tmp_path / "none.jpg")
+
+
+@pytest.mark.parametrize("turn", range(1, 9))
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_upright_is_what_pillow_makes_of_exif(turn, kind):
+    from PIL import ImageOps
+
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    buffer = io.BytesIO()
+    pixels = np.random.default_rng(0).integers(0, 255, (6, 10, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(buffer, kind, exif=exif)
+    wanted = ImageOps.exif_transpose(Image.open(io.BytesIO(buffer.getvalue()))).convert("RGB")
+    np.testing.assert_array_equal(np.asarray(images.open_rgb(buffer.getvalue(), "x")), np.asarray(wanted))
+
+
+def odd_exif(*entries):
+    """A little-endian TIFF header with one directory: orientation 6, and these entries."""
+    every = [(0x0112, 3, 1, struct.pack("<HH", 6, 0)), *entries]
+    packed = b"".join(struct.pack("<HHI", tag, kind, count) + value for tag, kind, count, value in every)
+    return b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", len(every)) + packed + b"\0\0\0\0"
+
+
+@pytest.mark.parametrize(
+    ("exif", "size"),
+    [
+        (odd_exif((0x011A, 2, 3, b"72\0\0")), (80, 120)),  # a resolution that is text
+        (odd_exif((0x0128, 8, 1, struct.pack("<hh", -1, 0))), (80, 120)),
+        (odd_exif((0x0100, 9, 1, struct.pack("<i", -5))), (80, 120)),
+        (b"Exif\0\0not a TIFF header", (120, 80)),
+    ],
+    ids=["text", "signed", "negative", "junk"],
+)
+@pytest.mark.parametrize("kind", ["PNG", "WEBP"])
+def test_odd_exif_costs_no_picture(exif, size, kind):
+    buffer = io.BytesIO()
+    Image.new("RGB", (120, 80), "red").save(buffer, kind, exif=exif, lossless=True)
+    image = images.open_rgb(buffer.getvalue(), "x")
+    assert image.size == size
+    assert image.getpixel((5, 5)) == (255, 0, 0)
+
+
+def test_long_text_and_large_profiles_cost_no_picture():
+    from PIL import PngImagePlugin
+
+    said = PngImagePlugin.PngInfo()
+    said.add_text("workflow", "node " * 300_000, zip=True)
+    said.add_itxt("parameters", "é" * 1_200_000, zip=True)
+    for more in ({"pnginfo": said}, {"icc_profile": bytes(1_500_000)}):
+        buffer = io.BytesIO()
+        Image.new("RGB", (12, 8), "blue").save(buffer, "PNG", **more)
+        image = images.open_rgb(buffer.getvalue(), "x")
+        assert (image.size, image.getpixel((3, 3))) == ((12, 8), (0, 0, 255))

@@ -12,6 +12,7 @@ from dclip_qdrant.pairs.readers.picture import (
     SourcePicture,
     captions_of,
     find_column,
+    printable,
     unusable,
 )
 from dclip_qdrant.pairs.readers.tar_file import CAPTION_SUFFIXES, is_litter, is_system_folder
@@ -54,6 +55,8 @@ def _folders(path: UPath) -> Iterator[tuple[UPath, list[str]]]:
 
 def _picture(top: UPath, file: UPath, beside: set[str]) -> SourcePicture:
     key = str(file).removeprefix(str(top)).lstrip("/")
+    if printable(key) != key:
+        return unusable(printable(key), printable(str(file)), "a file name that is not UTF-8")
     stem = file.name.rpartition(".")[0]
     for suffix in (*CAPTION_SUFFIXES, "json"):
         name = f"{stem}.{suffix}"

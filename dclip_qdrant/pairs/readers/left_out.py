@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from dclip_qdrant.pairs.readers.layout import Layout
-from dclip_qdrant.pairs.readers.picture import SourcePicture
+from dclip_qdrant.pairs.readers.picture import SourcePicture, printable
 from dclip_qdrant.pairs.readers.tar_file import CAPTION_SUFFIXES, is_litter, is_system_folder
 from dclip_qdrant.pictures.images import SUFFIXES
 from dclip_qdrant.tables import storage
@@ -48,7 +48,7 @@ class Account:
             stems = {name.rpartition(".")[0] for name in names if name.lower().endswith(SUFFIXES)}
             for name in names:
                 path = os.path.join(folder, name)
-                if is_litter(name) or name in OURS or path in files or hash(path) in self._read:
+                if is_litter(name) or name in OURS or path in files or hash(printable(path)) in self._read:
                     continue
                 stem, _, suffix = name.rpartition(".")
                 if not (suffix in SIDECARS and stem in stems):

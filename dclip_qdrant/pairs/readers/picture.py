@@ -53,6 +53,12 @@ class SourcePicture:
     error: DclipError | None = None
 
 
+def printable(name: str) -> str:
+    """A file's name as text that can be written anywhere: bytes that are not UTF-8 become question marks in
+    diamonds."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
 def unusable(key: str, where: object, came: str, expected: str | None = None) -> SourcePicture:
     """A part of the source that can't be used, with the reason."""
     return SourcePicture(key, str(where), [], error=InputError(where, came, expected))

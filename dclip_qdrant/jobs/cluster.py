@@ -265,8 +265,8 @@ def map_pairs(
     decode: tuple[type, dict[str, Any]] | None = None,
 ) -> int:
     """Maps an actor pool over the pairs whose keys `out` doesn't have yet; how many it did. `memory`: bytes
-    of an actor, which Ray sets aside. `decode`: where actors have a GPU, a class of CPU actors between the
-    pairs and them, and what it is made with.
+    of an actor, which Ray sets aside. `decode`: a class of CPU actors between the pairs
+    and these, and what it is made with.
 
     Actors write their own parts (whole files, named by their keys), so a killed job loses at most the batches
     in flight.
@@ -305,7 +305,7 @@ def map_pairs(
     # small blocks: all actors have work and progress shows
     rows_a_block = max(batch, min(256, todo // (4 * size)))
     dataset = dataset.repartition(target_num_rows_per_block=rows_a_block)
-    if decode is not None and gpus():
+    if decode is not None:
         made_by, with_these = decode
         decoders = max(1, (cpus() - size - 1) // THREADS_A_DECODER)
         dataset = dataset.map_batches(

@@ -229,15 +229,15 @@ class Experiment:
 
     def shape(self) -> Shape:
         """What is cached of the pictures of train, for the recipe that is cached most of."""
-        manifest, train = self.pairs.manifest, self.pairs.splits().get("train", 0)
-        total = sum(self.pairs.splits().values())
+        manifest, splits = self.pairs.manifest, self.pairs.splits()
+        total = sum(splits.values())
         captions = manifest.get("captions", total * GUESSED_CAPTIONS) / max(1, total)
         image, text = self.trunks_at_rest
         trunk, text_trunk = trunk_widths(two_tower.load(self.student_name), image=image, text=text)
         teachers = [recipe.teacher for recipe in self.recipes if recipe.teacher is not None]
         one_for_all = all(t.fusion == "regions_only" or t.caption == "same" for t in teachers)
         return Shape(
-            pictures=train,
+            pictures=splits.get("train", 0),
             captions=captions,
             views=max(recipe.train.views for recipe in self.recipes),
             regions=max((r.regions.top_k + 1 for r in self.recipes if wants_regions(r)), default=0),
@@ -249,12 +249,19 @@ class Experiment:
 
     @cached_property
     def streams(self) -> bool:
-        """Whether training streams: as asked for, or where the pictures of train don't fit into half of the
-        smallest node's memory. Needs a cluster."""
-        if self.request.reader != "auto":
-            return self.request.reader == "stream"
+        """Whether training streams. Needs a cluster."""
+        # a reader that was asked for needs no shape, which takes a model
+        return self.request.reader == "stream" or (self.request.reader == "auto" and self.must_stream())
+
+    def must_stream(self, shape: Shape | None = None) -> bool:
+        """Whether the pictures of train, or those of `shape`, don't fit into half of the smallest node's
+        memory.
+
+        Raises:
+            UsageError: they don't, and a recipe can't be streamed.
+        """
         limit = cluster.node_memory() / 2
-        needed = self.shape().in_memory(self.request.workers)
+        needed = (shape or self.shape()).in_memory(self.request.workers)
         streams = needed > limit
         logger.info(
             "reader: %s (all of train takes %.1f GB of a node, half of the smallest has %.1f)",
@@ -366,9 +373,7 @@ class Experiment:
         """
         settings = self.request.recipe.student
         student = two_tower.load(self.student_name)
-        options = {"last_n": settings.last_n, "rank": settings.lora_rank, "alpha": settings.lora_alpha}
-        student.choose("image", settings.train, **options)
-        text_learns = student.choose("text", settings.text, **options)
+        _, text_learns = student.choose_towers(settings)
         cached_already = not text_learns and self.student_name == self.request.base
         return student.trunk_frozen, student.text_trunk_frozen and not cached_already
 

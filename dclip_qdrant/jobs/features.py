@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 from upath import UPath
 
-from dclip_qdrant.jobs.cluster import actor_threads, map_pairs
+from dclip_qdrant.jobs.cluster import actor_threads, gpus, map_pairs
 from dclip_qdrant.pairs import Pairs, load_image
 from dclip_qdrant.pairs.region_files import load_regions
 from dclip_qdrant.pictures.preprocess import Preprocess
@@ -84,15 +84,15 @@ class FeatureRequest:
     def memory(self) -> int:
         """Bytes of an actor, which Ray sets aside."""
         names = {self.base} | ({self.student} if self.student else set())
-        models = [two_tower.load(name) for name in names]
+        models = [two_tower.load(name, weights=False) for name in names]
         return MEMORY + sum(p.numel() * p.element_size() for model in models for p in model.parameters())
 
     def decoding(self) -> dict[str, Any]:
         """What `Decode` is made with, beside its threads."""
         own = None
         if self.student is not None and self.student_image:
-            own = two_tower.load(self.student, weights=False).preprocess
-        base = two_tower.load(self.base, weights=False).preprocess
+            own = two_tower.load(self.student).preprocess
+        base = two_tower.load(self.base).preprocess
         regions = str(self.regions.path) if self.regions else None
         return {"preparer": Preparer.of(base, own, self.recipe, self.seed), "regions": regions}
 
@@ -367,7 +367,7 @@ def extract_features(request: FeatureRequest, *, actors: int | None, from_scratc
         request.pairs,
         Featurise,
         request.arguments(),
-        decode=(Decode, request.decoding()),
+        decode=(Decode, request.decoding()) if gpus() else None,
         name="features",
         out=stage.path,
         contract=contracts.FEATURES,

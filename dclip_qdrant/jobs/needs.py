@@ -1,6 +1,5 @@
 """What a run needs: memory, by what is read and how. Says which reader fits, and what a plan shows."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -9,8 +8,8 @@ from dclip_qdrant.training.models.two_tower import TwoTower
 
 HALF = 2  # bytes of a cached number
 
-# Python's own, a worker, measured by benchmarks/memory.py: names and addresses of a picture, and a caption as
-# text and as token ids
+# Python's own, a worker: names and addresses of a picture, and a caption as text and as token ids. A round
+# guess above the one measurement (benchmarks/memory.py): 1,500 bytes a picture of two captions without ids
 PICTURE_BYTES = 500
 CAPTION_BYTES = 600
 
@@ -47,5 +46,5 @@ def trunk_widths(model: TwoTower, *, image: bool, text: bool) -> tuple[int, int]
     size = model.preprocess.size
     pixels = torch.zeros(1, 3, size, size, device=model.logit_scale.device)
     ids = model.tokens(["a"]).to(pixels.device)
-    width: Callable[[torch.Tensor], int] = lambda x: x.shape[-1]
-    return width(model.trunk(pixels)) if image else 0, width(model.text_trunk(ids)) if text else 0
+    of_image = model.trunk(pixels).shape[-1] if image else 0
+    return of_image, model.text_trunk(ids).shape[-1] if text else 0

@@ -113,12 +113,16 @@ def plan(request: Request, pictures: int | None = None) -> Plan:
     """Measures and adds up. `pictures`: as if train had so many (default: what the pairs have).
 
     Raises:
-        UsageError: what `Experiment.open` refuses, or a request with a teacher of its own recipe.
+        UsageError: what `Experiment.open` refuses, or stages that no plan has.
     """
     experiment = Experiment.open(request)
     if request.teach is not None:
         came = "a teacher that is fine-tuned first"
         raise UsageError("`teacher_recipe`", came, "a plan of each of the two without it")
+    for recipe in experiment.recipes:
+        if recipe.ensemble.models or recipe.train.picture_share:
+            came = f"{recipe.name!r} has further teachers, or learns from pictures without captions"
+            raise UsageError("`recipe`", came, "for a plan, a recipe without them")
     cluster.connect()
     with _scratch(request) as folder:
         return _Planner(experiment, folder, pictures).plan()
@@ -153,8 +157,9 @@ class _Planner:
         shape = experiment.shape()
         self.shape = replace(shape, pictures=self.train)
         self.sampled = replace(shape, pictures=Pairs.open(self.sample).splits()["train"])
-        fits = self.shape.in_memory(request.workers) <= cluster.node_memory() / 2
-        self.reader = request.reader if request.reader != "auto" else "memory" if fits else "stream"
+        self.reader = request.reader
+        if request.reader == "auto":
+            self.reader = "stream" if experiment.must_stream(self.shape) else "memory"
         self.on_sample = replace(
             experiment,
             request=replace(

@@ -128,19 +128,16 @@ def run(raw: dict[str, Any], threads: int) -> RunCost:
     if whole.kind == "student":
         recipe = Recipe(**whole.recipe)
         model = two_tower.load(whole.student).to(device)
-        options = {"last_n": recipe.student.last_n, "rank": recipe.student.lora_rank}
-        model.choose("image", recipe.student.train, **options, alpha=recipe.student.lora_alpha)
-        cached_text = not model.choose(
-            "text", recipe.student.text, **options, alpha=recipe.student.lora_alpha
-        )
+        _, text_learns = model.choose_towers(recipe.student)
         if not model.trunk_frozen:
             decode = _decode(pairs, model) / threads
-        val = EvalSet(pairs, "val", UPath(whole.features), device)
+        # the split of the table: there may be no val
+        held_out = EvalSet(pairs, whole.split, UPath(whole.features), device)
         began = time.perf_counter()
-        val.ranks(model, cached_text=cached_text and whole.student == whole.base)
-        evaluate = (time.perf_counter() - began) / max(1, len(val.captions))
+        held_out.ranks(model, cached_text=not text_learns and whole.student == whole.base)
+        evaluate = (time.perf_counter() - began) / len(held_out.captions)
         points = len(recipe.keep.wise_ft) * len(recipe.hubness.strengths)
-        seconds -= points * len(val.captions) * evaluate
+        seconds -= points * pairs.splits().get("val", 0) * evaluate
     fixed = seconds - sum(row["seconds"] for row in history) - read * len(counts)
     return RunCost(epoch, decode, read, evaluate, max(0.0, fixed), _memory(), learning)
 

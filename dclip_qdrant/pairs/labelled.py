@@ -16,7 +16,7 @@ from upath import UPath
 
 from dclip_qdrant.errors import InputError, UsageError
 from dclip_qdrant.pairs.readers.picture import locate
-from dclip_qdrant.pairs.readers.tar_file import is_litter
+from dclip_qdrant.pairs.readers.tar_file import is_litter, is_system_folder
 from dclip_qdrant.pictures import images
 from dclip_qdrant.tables import storage
 
@@ -91,7 +91,7 @@ class Labelled:
 def _rows_of_folder(root: UPath) -> list[tuple[bytes | str, str]]:
     """(path, class) of every picture in the folders below `root`."""
     rows: list[tuple[bytes | str, str]] = []
-    for folder in sorted((f for f in root.iterdir() if f.is_dir()), key=str):
+    for folder in sorted((f for f in root.iterdir() if f.is_dir() and not is_system_folder(f.name)), key=str):
         files = sorted((f for f in folder.iterdir() if f.suffix.lower() in images.SUFFIXES), key=str)
         rows += [(str(file), folder.name) for file in files if not is_litter(file.name)]
     return rows

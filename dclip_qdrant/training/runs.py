@@ -309,23 +309,24 @@ class Worker:
         model = two_tower.load(run.student)
         pairs = Pairs.open(run.pairs)
         rows, reader = self._train_rows(run)
-        captions = rows.captions
-        if run.streams:  # what phrases are taken from
+
+        def all_captions() -> list[list[str]]:
             some = spread(pairs.splits()["train"], PHRASES_FROM)
-            captions = pairs.table(["captions"], ("train",), rows=some)["captions"].to_pylist()
+            return pairs.table(["captions"], ("train",), rows=some)["captions"].to_pylist()
+
         start = model.weights()
         task = StudentTask(
             model,
             recipe,
             rows.pictures,
-            captions,
+            rows.captions,
             rows.cache,
             seed=run.seed,
             same_base=run.student == run.base,
             base=lambda: two_tower.load(run.base),
             uncaptioned=self._uncaptioned(run, pairs, log) if recipe.train.picture_share else None,
             device=self.device,
-            streamed=run.streams,
+            all_captions=all_captions if run.streams else None,
         )
         learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
         if self.comm.rank == 0:

@@ -15,7 +15,7 @@ from dclip_qdrant.training.data import Cache, Decoded, Pictures, apply_view, dra
 from dclip_qdrant.training.loop import Vectors
 from dclip_qdrant.training.models.two_tower import TwoTower
 from dclip_qdrant.training.phrase_bank import PhraseBank
-from dclip_qdrant.training.reading import Drawn, Rows
+from dclip_qdrant.training.reading import Drawn, Loads, Rows
 
 DECODED_BYTES = 2 << 30  # a worker; 14,000 pictures of 224 x 224
 
@@ -93,12 +93,8 @@ class Batches:
             images = torch.from_numpy(
                 self._decoded(
                     list(zip(numbers.tolist(), view.tolist(), strict=True)),
-                    lambda j: self._pixels(
-                        rows,
-                        index[j],
-                        c.crop[index[j], view[j]],
-                        bool(c.flip[index[j], view[j]]),
-                        self._model.preprocess,
+                    lambda j: _view_pixels(
+                        rows.pictures, c, int(index[j]), int(view[j]), self._model.preprocess
                     ),
                 )
             )
@@ -183,7 +179,7 @@ class Batches:
         batch.crops = torch.from_numpy(
             self._decoded(
                 [(i, "region", r) for i, r in zip(of.numbers[rows].tolist(), pick.tolist(), strict=True)],
-                lambda j: self._pixels(of, rows[j], boxes[j], False, squash),
+                lambda j: _pixels(of.pictures, int(rows[j]), boxes[j], False, squash),
             )
         )
 
@@ -200,20 +196,24 @@ class Batches:
         if self._resting.image:
             batch.pictures = torch.from_numpy(cache.trunk[rows, view])
             return
-
-        def pixels(j: int) -> np.ndarray:
-            shown = apply_view(
-                pictures.load(int(rows[j])), cache.crop[rows[j], view[j]], bool(cache.flip[rows[j], view[j]])
-            )
-            return self._model.preprocess.pixels(shown)
-
         keys = [("uncaptioned", row, v) for row, v in zip(rows.tolist(), view.tolist(), strict=True)]
-        batch.pictures = torch.from_numpy(self._decoded(keys, pixels))
+        batch.pictures = torch.from_numpy(
+            self._decoded(
+                keys,
+                lambda j: _view_pixels(pictures, cache, int(rows[j]), int(view[j]), self._model.preprocess),
+            )
+        )
 
-    def _pixels(
-        self, rows: Rows, picture: int, crop: np.ndarray, flip: bool, preprocess: Preprocess
-    ) -> np.ndarray:
-        return preprocess.pixels(apply_view(rows.pictures.load(int(picture)), crop, flip))
+
+def _view_pixels(pictures: Loads, c: Cache, picture: int, view: int, preprocess: Preprocess) -> np.ndarray:
+    """[S, S, 3] of one of a picture's stored views."""
+    return _pixels(pictures, picture, c.crop[picture, view], bool(c.flip[picture, view]), preprocess)
+
+
+def _pixels(
+    pictures: Loads, picture: int, crop: np.ndarray, flip: bool, preprocess: Preprocess
+) -> np.ndarray:
+    return preprocess.pixels(apply_view(pictures.load(picture), crop, flip))
 
 
 def _teacher_image(c: Cache, index: np.ndarray, view: np.ndarray, chosen: list[np.ndarray]) -> np.ndarray:

@@ -56,8 +56,8 @@ class StudentTask:
     tower that is the teacher's own.
 
     `pictures`, `captions` and `cache` are all that is trained on; of a streamed run a few of it, which show
-    what the rest is like. `base` gives the frozen model that phrases and words are held to, for objectives
-    that read them.
+    what the rest is like, and `all_captions` gives those that phrases are taken from. `base` gives the frozen
+    model that phrases and words are held to, for objectives that read them.
     """
 
     def __init__(
@@ -73,22 +73,19 @@ class StudentTask:
         base: Callable[[], TwoTower] | None = None,
         uncaptioned: Uncaptioned | None = None,
         device: str = "cpu",
-        streamed: bool = False,
+        all_captions: Callable[[], Sequence[list[str]]] | None = None,
     ) -> None:
         self.model, self.recipe, self.cache, self.device = model.to(device), recipe, cache, device
         self.size = len(captions)
-        s = recipe.student
         torch.manual_seed(seed)  # low-rank starts and projections
-        options = {"last_n": s.last_n, "rank": s.lora_rank, "alpha": s.lora_alpha}
-        self.image_names = model.choose("image", s.train, **options)
-        self.text_names = model.choose("text", s.text, **options)
+        self.image_names, self.text_names = model.choose_towers(recipe.student)
         if not self.image_names + self.text_names:
             raise RecipeError(recipe.name, "nothing learns: student.train and student.text are both frozen")
         self.modules = model
         teacher_dim = cache.texts.shape[-1] if cache.texts is not None else model.dim
         self.objectives = Weighted(recipe.objectives, model.dim, teacher_dim).to(device)
         self.reads = self.objectives.reads
-        boxes = cache.regions is not None and (streamed or cache.region_mask.any())
+        boxes = cache.regions is not None and (all_captions is not None or cache.region_mask.any())
         if (recipe.train.region_share or "rois" in self.reads) and not boxes:
             raise RecipeError(
                 recipe.name,
@@ -112,9 +109,10 @@ class StudentTask:
             text_trunk=not self.cached_text and model.text_trunk_frozen and text_trunk,
         )
         self.base: Any = base().to(device) if base is not None and self.reads & {"spans", "words"} else None
-        self.bank = (
-            PhraseBank(self.base, captions, seed=seed, device=device) if "spans" in self.reads else None
-        )
+        self.bank = None
+        if "spans" in self.reads:
+            sentences = all_captions() if all_captions else captions
+            self.bank = PhraseBank(self.base, sentences, seed=seed, device=device)
         if self.bank and not (recipe.train.span_share and self.text_names):
             raise RecipeError(
                 recipe.name, "an objective of spans", "train.span_share above 0 and a text tower that learns"

@@ -68,3 +68,11 @@ def test_one_picture_a_class_can_not_be_halved(tmp_path):
         Image.new("RGB", (8, 8)).save(tmp_path / name / "a.png")
     with pytest.raises(InputError, match="2 labelled pictures in 2 classes.*half of them choose"):
         Labelled.open(str(tmp_path)).halves()
+
+
+def test_folders_of_a_nas_are_no_classes(tmp_path):
+    for name in ("rose", "tulip", "@eaDir", ".thumbnails"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (8, 8)).save(tmp_path / name / "a.png")
+    labelled = Labelled.open(str(tmp_path))
+    assert labelled.prompts == ["a photo of a rose.", "a photo of a tulip."]

@@ -418,3 +418,14 @@ def test_a_name_that_is_not_utf8_costs_itself(tmp_path):
     (bad,) = [row for row in rows if row.error is not None]
     assert bad.key == "caf\N{REPLACEMENT CHARACTER}.png"
     assert "a file name that is not UTF-8" in str(bad.error)
+
+
+def test_system_folders_of_a_bucket_are_passed_over_too():
+    from upath import UPath
+
+    top = UPath("memory://nas-library")
+    for name in ("a.png", "@eaDir/a.png", ".thumbnails/a.png", "trip/b.png", "trip/._b.png"):
+        (top / name).parent.mkdir(parents=True, exist_ok=True)
+        (top / name).write_bytes(jpg(1))
+    keys = [p.key for p in open_source(str(top), captions=False).pictures()]
+    assert sorted(keys) == ["a.png", "trip/b.png"]

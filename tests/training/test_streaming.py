@@ -105,7 +105,8 @@ def reader(stages, seed=0):
 def test_each_picture_comes_once_an_epoch_and_none_again_after_a_restart(aligned):
     first = reader(aligned)
     epoch = [batch.numbers for batch in first.batches(0, 0, 2, Comm())]
-    assert sorted(np.concatenate(epoch)) == list(range(0, 2 * (N - 1), 2)) or len(epoch) == N // 2
+    assert len(epoch) == N // 2
+    assert set(np.concatenate(epoch).tolist()) <= set(range(0, 2 * N, 2))
     assert len(set(np.concatenate(epoch).tolist())) == 2 * (N // 2)
 
     killed, batches = reader(aligned, 1), []

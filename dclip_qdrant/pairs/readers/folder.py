@@ -18,6 +18,8 @@ from dclip_qdrant.pairs.readers.picture import (
 from dclip_qdrant.pairs.readers.tar_file import CAPTION_SUFFIXES, is_litter, is_system_folder
 from dclip_qdrant.pictures.images import SUFFIXES
 
+SIDECARS = (*CAPTION_SUFFIXES, "json")  # what lies beside a picture and says something of it
+
 
 def read_folder(path: UPath, root: UPath) -> Iterator[SourcePicture]:
     """Every file with a picture's suffix below the folder, in order of name."""
@@ -47,7 +49,8 @@ def _folders(path: UPath) -> Iterator[tuple[UPath, list[str]]]:
         return
     by_folder: dict[str, list[str]] = {}
     for file in sorted(path.rglob("*"), key=str):
-        if file.is_file():
+        below = str(file.parent).removeprefix(str(path)).split("/")
+        if file.is_file() and not any(is_system_folder(name) for name in below):
             by_folder.setdefault(str(file.parent), []).append(file.name)
     for folder, names in by_folder.items():
         yield UPath(folder), names
@@ -58,7 +61,7 @@ def _picture(top: UPath, file: UPath, beside: set[str]) -> SourcePicture:
     if printable(key) != key:
         return unusable(printable(key), printable(str(file)), "a file name that is not UTF-8")
     stem = file.name.rpartition(".")[0]
-    for suffix in (*CAPTION_SUFFIXES, "json"):
+    for suffix in SIDECARS:
         name = f"{stem}.{suffix}"
         if name not in beside:
             continue

@@ -14,7 +14,7 @@ from dclip_qdrant.pairs.readers.folder import has_captions_beside, read_folder
 from dclip_qdrant.pairs.readers.json_file import read_json, read_json_lines
 from dclip_qdrant.pairs.readers.parquet_file import has_pictures, read_parquet
 from dclip_qdrant.pairs.readers.picture import SourcePicture
-from dclip_qdrant.pairs.readers.tar_file import is_litter, read_tar
+from dclip_qdrant.pairs.readers.tar_file import is_litter, is_system_folder, read_tar
 from dclip_qdrant.pairs.splits import SPLIT_NAMES
 from dclip_qdrant.tables import storage
 
@@ -175,7 +175,7 @@ def _captions_file(folder: UPath) -> UPath | None:
 
 
 def _subfolders(path: UPath) -> list[UPath]:
-    return sorted((f for f in path.iterdir() if f.is_dir() and not f.name.startswith(".")), key=str)
+    return sorted((f for f in path.iterdir() if f.is_dir() and not is_system_folder(f.name)), key=str)
 
 
 def _archives(path: UPath, *, below: bool) -> tuple[str, list[UPath]] | None:

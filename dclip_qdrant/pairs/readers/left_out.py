@@ -4,15 +4,15 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 
-from dclip_qdrant.pairs.readers.layout import Layout
-from dclip_qdrant.pairs.readers.picture import SourcePicture, printable
-from dclip_qdrant.pairs.readers.tar_file import CAPTION_SUFFIXES, is_litter, is_system_folder
+from dclip_qdrant.pairs.readers.folder import SIDECARS
+from dclip_qdrant.pairs.readers.layout import ARCHIVES, Layout
+from dclip_qdrant.pairs.readers.picture import SourcePicture
+from dclip_qdrant.pairs.readers.tar_file import is_litter, is_system_folder
 from dclip_qdrant.pictures.images import SUFFIXES
 from dclip_qdrant.tables import storage
 
 OURS = ("manifest.json", "rejects.jsonl")  # what stands beside the Parquet files of pairs
 NAMED = 3  # linked folders, by name
-SIDECARS = (*CAPTION_SUFFIXES, "json")
 
 
 class Account:
@@ -23,12 +23,21 @@ class Account:
 
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
-        self._read: set[int] = set()  # hashes of addresses: a few bytes a picture
+        # hashes of the addresses that captions files name; a folder's own reader takes every picture, and
+        # what is in archives lies nowhere else
+        self._named: set[int] = set()
 
     def pictures(self) -> Iterator[SourcePicture]:
+        by_name = self._layout.kind not in ("folder", *ARCHIVES)
         for picture in self._layout.pictures():
-            self._read.add(hash(picture.uri))
+            if by_name:
+                self._named.add(hash(picture.uri))
             yield picture
+
+    def _is_read(self, path: str, name: str) -> bool:
+        if self._layout.kind == "folder":
+            return name.lower().endswith(SUFFIXES)
+        return hash(path) in self._named
 
     def left_out(self) -> dict[str, int]:
         """How many files of each kind (a suffix, or what they are) were not read, the most frequent first;
@@ -48,7 +57,7 @@ class Account:
             stems = {name.rpartition(".")[0] for name in names if name.lower().endswith(SUFFIXES)}
             for name in names:
                 path = os.path.join(folder, name)
-                if is_litter(name) or name in OURS or path in files or hash(printable(path)) in self._read:
+                if is_litter(name) or name in OURS or path in files or self._is_read(path, name):
                     continue
                 stem, _, suffix = name.rpartition(".")
                 if not (suffix in SIDECARS and stem in stems):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dclip_qdrant.errors import RecipeError
 from dclip_qdrant.pictures.preprocess import Preprocess
+from dclip_qdrant.recipe import StudentSettings
 from dclip_qdrant.training.models import lora, projections
 from dclip_qdrant.training.models.bases import hash_tensors, open_base
 
@@ -350,6 +351,15 @@ class TwoTower(nn.Module):
         for name in chosen:
             params[name].requires_grad_(True)
         return chosen
+
+    def choose_towers(self, settings: StudentSettings) -> tuple[list[str], list[str]]:
+        """Lets what a recipe's `student` names learn in both towers; the image side's names, the text
+        side's."""
+        options = {"last_n": settings.last_n, "rank": settings.lora_rank, "alpha": settings.lora_alpha}
+        return (
+            self.choose("image", settings.train, **options),
+            self.choose("text", settings.text, **options),
+        )
 
     def merge_lora(self) -> None:
         """Folds low-rank updates into the weights: afterwards the model is a plain open_clip model again."""

@@ -11,7 +11,7 @@ export MALLOC_TRIM_THRESHOLD_ := 100000000000
 export MALLOC_TOP_PAD_ := 67108864
 export GOMP_SPINCOUNT := 10000
 
-.PHONY: setup demo demo-long test test-fast lint generated clean
+.PHONY: setup demo demo-long test test-long test-fast lint generated clean
 
 setup: $(STAMP)
 
@@ -28,11 +28,14 @@ demo: setup      ## the whole way on a rendered data set; writes demo/report.htm
 demo-long: setup ## the demo, then every recipe and the papers' own tasks on scenes (most of an hour on 2 slow cores)
 	$(BIN)/python examples/demo/run.py --long
 
-test: lint       ## everything
-	$(BIN)/python -m pytest --durations=10 -n 3 --dist loadfile --no-loadscope-reorder
+test: lint       ## everything but what takes minutes each
+	$(BIN)/python -m pytest -m "not long" --durations=10 -n 4 --dist loadfile --no-loadscope-reorder
+
+test-long: setup ## what takes minutes each: jobs that are killed, plans that are measured, more bases
+	$(BIN)/python -m pytest -m long --durations=10
 
 test-fast: setup ## what needs neither Ray nor an export
-	$(BIN)/python -m pytest -m "not slow and not real"
+	$(BIN)/python -m pytest -m "not slow and not real and not long"
 
 lint: setup      ## format, 110 columns, ruff, pyright
 	$(BIN)/ruff format --check .

@@ -4,10 +4,12 @@ session."""
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "examples" / "demo"))
@@ -87,15 +89,32 @@ def pairs_folder(scenes_folder, tmp_path_factory) -> Path:
     return out
 
 
+def once(tmp_path_factory, name: str, make: Callable[[Path], object]) -> Path:
+    """A folder that the first of pytest's processes makes and the others read: exports take seconds."""
+    shared = tmp_path_factory.getbasetemp()
+    if os.environ.get("PYTEST_XDIST_WORKER"):
+        shared = shared.parent
+    with FileLock(str(shared / f"{name}.lock"), timeout=1200):
+        if not (shared / f"{name}.done").exists():
+            (shared / name).mkdir()
+            make(shared / name)
+            (shared / f"{name}.done").touch()
+    return shared / name
+
+
 @pytest.fixture(scope="session")
 def student_folder(tiny_base, tmp_path_factory) -> Path:
-    return exported(tiny_base, tmp_path_factory.mktemp("student"))
+    return once(tmp_path_factory, "student", lambda folder: exported(tiny_base, folder)) / "tiny"
 
 
 @pytest.fixture(scope="session")
 def other_student(tmp_path_factory) -> Path:
     """Another model under the same name: what a team has after training again."""
-    return exported(write_base(tmp_path_factory.mktemp("base2"), 1), tmp_path_factory.mktemp("student2"))
+
+    def make(folder: Path) -> None:
+        exported(write_base(tmp_path_factory.mktemp("base2"), 1), folder)
+
+    return once(tmp_path_factory, "student2", make) / "tiny"
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ ENV = {
     "YOLO_OFFLINE": "true",
     # Ray Train looks at its workers every two seconds otherwise: our runs are as short as that
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # as private clusters have it
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "600",
     "RAY_worker_niceness": "0",  # of the head too, as private clusters have it
 }

@@ -70,6 +70,8 @@ def connect(address: str | None = None) -> None:
     # waited 8 minutes to start
     os.environ.setdefault("RAY_worker_niceness", "0")
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "600")  # the default is one minute
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # a short run ends 2 s earlier
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # of nodes that a cloud takes back
     # the dashboard, on a port of its own: without it Ray Train's controller complains every second
     for attempt in range(1, STARTS + 1):
         try:

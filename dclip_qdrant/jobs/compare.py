@@ -14,7 +14,7 @@ from dclip_qdrant.jobs.comparison import AFTER_WISE_FT, Difference, Row
 from dclip_qdrant.jobs.experiment import Experiment, Outcome
 from dclip_qdrant.jobs.export import export
 from dclip_qdrant.jobs.request import Request
-from dclip_qdrant.jobs.stream import dataset_of, opened
+from dclip_qdrant.jobs.stream import alone
 from dclip_qdrant.jobs.suite import Group, Suite
 from dclip_qdrant.jobs.train_runs import not_done
 from dclip_qdrant.pairs.leak import leak
@@ -264,7 +264,7 @@ def run_side_by_side(runs: list[Run], *, parallel: int | None) -> dict[str, str]
                 Comm(),
                 device,
                 logging.getLogger(__name__).info,
-                lambda run: opened(dataset_of(run), run.seed),
+                alone,
             )
 
         def do(self, run: dict[str, Any]) -> str | None:

@@ -20,7 +20,7 @@ from dclip_qdrant.progress import duration
 from dclip_qdrant.recipe import Recipe
 from dclip_qdrant.tables import storage
 from dclip_qdrant.tables.stages import Stage
-from dclip_qdrant.training.streaming import BUFFER
+from dclip_qdrant.training.streaming import WINDOW_ROWS
 from dclip_qdrant.training.student_batch import DECODED_BYTES
 
 logger = logging.getLogger(__name__)
@@ -256,8 +256,8 @@ class _Planner:
         if self.reader == "memory":
             more = self.shape.in_memory(workers) - self.sampled.in_memory(workers)
         else:
-            # the shuffle buffer, its copy while it is compacted, and the batches in flight, in float32
-            more = workers * 3 * (BUFFER + 2 * self.batch) * self.shape.numbers() * 4
+            # a window, the next one, its copy while it is shuffled, and the batches in flight, in float32
+            more = workers * 3 * (WINDOW_ROWS + 2 * self.batch) * self.shape.numbers() * 4
         return Step(name, cost.fixed + training + evaluating + reading, memory + max(0.0, more))
 
     def _picture_bytes(self) -> float:

@@ -15,7 +15,7 @@ from dclip_qdrant.errors import UsageError
 from dclip_qdrant.jobs.cluster import cpus, gpus, own_error
 from dclip_qdrant.tables.storage import as_path, write_text
 from dclip_qdrant.training.runs import Run, Worker
-from dclip_qdrant.training.streaming import OpenEpoch
+from dclip_qdrant.training.streaming import OpenStream
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ def _work(config: dict[str, Any]) -> None:
     import ray.train
     import torch
 
-    from dclip_qdrant.jobs.stream import opened
+    from dclip_qdrant.jobs.stream import name_of, opened
     from dclip_qdrant.training.distributed import Comm
 
     comm = Comm.current()
@@ -47,8 +47,8 @@ def _work(config: dict[str, Any]) -> None:
     if complaint.exists():
         return  # Ray starts everything once more after an error; this one would come again
 
-    def open_stream(run: Run) -> OpenEpoch:
-        return opened(ray.train.get_dataset_shard(run.stage.path.name), run.seed + comm.rank)
+    def open_stream(run: Run) -> OpenStream:
+        return lambda: opened(ray.train.get_dataset_shard(name_of(run, comm.rank)))
 
     worker = Worker(comm, device, log, open_stream)
     try:
@@ -88,19 +88,21 @@ def run_in_order(runs: Sequence[Run], *, workers: int, storage: str) -> dict[str
     waiting = not_done(runs)
     if not waiting:
         return {}
-    from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+    from ray.data import ExecutionOptions
+    from ray.train import DataConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    from dclip_qdrant.jobs.stream import dataset_of
+    from dclip_qdrant.jobs.stream import datasets_of
 
     use_gpu = gpus() > 0
     most, unit = (gpus(), "GPUs") if use_gpu else (cpus(), "CPUs")
     if workers > most:
         raise UsageError("`workers`", f"{workers} on a cluster of {most} {unit}", f"at most {most}")
     streamed = [run for run in waiting if run.streams]
-    if streamed and not use_gpu and workers >= most:
-        came = f"{workers} on a cluster of {most} CPUs, with a reader that streams"
-        raise UsageError("`workers`", came, f"at most {most - 1}: reading needs a CPU too")
+    if streamed and workers >= cpus():
+        came = f"{workers} on a cluster of {cpus()} CPUs, with a reader that streams"
+        raise UsageError("`workers`", came, f"at most {cpus() - 1}: reading needs a CPU too")
+    datasets = {name: make for run in streamed for name, make in datasets_of(run, workers).items()}
     name = f"runs-{time.time_ns()}"
     complaint = as_path(storage) / f"{name}-error.json"
     resources = {"CPU": 1.0} | ({"GPU": 1.0} if use_gpu else {})
@@ -109,7 +111,9 @@ def run_in_order(runs: Sequence[Run], *, workers: int, storage: str) -> dict[str
         train_loop_config={"runs": [run.as_dict() for run in waiting], "complaint": str(complaint)},
         scaling_config=ScalingConfig(num_workers=workers, use_gpu=use_gpu, resources_per_worker=resources),
         torch_config=TorchConfig(timeout_s=GIVE_UP_S),
-        datasets={run.stage.path.name: dataset_of(run) for run in streamed},
+        datasets=datasets,
+        # each rank has a dataset of its own, so that which pictures it gets doesn't hang on how fast it is
+        dataset_config=DataConfig([], execution_options=ExecutionOptions(preserve_order=True)),
         run_config=RunConfig(
             name=name,
             storage_path=storage,

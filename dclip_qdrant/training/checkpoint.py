@@ -36,6 +36,10 @@ class Checkpoints:
         for _, old in self._by_step()[: -self.keep]:
             old.unlink()
 
+    def newest(self) -> int | None:
+        """Its step."""
+        return max((step for step, _ in self._by_step()), default=None)
+
     def load(self) -> dict[str, Any] | None:
         """The newest state, or None. A file that a crash of the disk cut short, or filled with zeros or with
         something else, is passed over for the one before, and said."""

@@ -110,7 +110,9 @@ def fit(
             saved["history"],
             saved["sums"],
         )
-        reader.restore(saved.get("reader", {}))
+        if first_step and not reader.restore(saved["reader"], comm):
+            first_step, sums = 0, {}
+            log(f"epoch {first_epoch + 1} begins again: other workers than these {comm.world} had begun it")
         log(f"resumed at epoch {first_epoch + 1}, step {first_step} of {steps}")
 
     def save(epoch: int, step: int) -> None:
@@ -144,18 +146,17 @@ def fit(
             drawn = reader.batches(epoch, first_step, batch_size, comm)
             coming: Future = ahead.submit(_next, drawn, task, epoch)
             while step < steps:
-                ready = coming.result()
+                batch = coming.result()
                 saves = step > first_step and time.monotonic() - last_save > checkpoint_s
-                goes_on = ready is not None
+                goes_on = batch is not None
                 if not reader.even:  # one rank may have no batch left, and all must save together
                     goes_on, saves = comm.agree(goes_on, saves, device)
-                if ready is None or not goes_on:
+                if batch is None or not goes_on:
                     break
                 if saves:
                     save(epoch, step)
                     last_save = time.monotonic()
                 coming = ahead.submit(_next, drawn, task, epoch)
-                read, batch = ready
                 factor = rate(epoch * steps + step, epochs * steps, warmup, schedule)
                 for g, lr in zip(opt.param_groups, base_lr, strict=True):
                     g["lr"] = lr * factor
@@ -180,7 +181,7 @@ def fit(
                         a.lerp_(p, 1 - ema)
                 for k, v in {"loss": value, **terms}.items():
                     sums[k] = sums.get(k, 0.0) + v
-                reader.trained(read)
+                reader.trained()
                 step, trained = step + 1, trained + 1
                 now = time.monotonic()
                 if now - last_logged > 10:
@@ -220,10 +221,10 @@ def fit(
     return history
 
 
-def _next(drawn: Iterator[Drawn], task: Task, epoch: int) -> tuple[Drawn, Any] | None:
-    """The next batch, and the pictures that it was made from; None at an epoch's end."""
+def _next(drawn: Iterator[Drawn], task: Task, epoch: int) -> Any | None:
+    """The next batch; None at an epoch's end."""
     read = next(drawn, None)
-    return None if read is None else (read, task.batch(read, epoch))
+    return None if read is None else task.batch(read, epoch)
 
 
 def rate(step: int, total: int, warmup: float, schedule: str) -> float:

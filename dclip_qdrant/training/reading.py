@@ -1,8 +1,8 @@
 """What a run reads while it trains: two readers behind one interface.
 
-`InMemory` gives positions within arrays that hold a whole split: everything follows from (seed, epoch,
-picture), so that a resumed run sees the batches that the unbroken one would have seen and any number of
-workers sees the same ones. `streaming.Streamed` gives batches that come and go, for what doesn't fit.
+`InMemory` gives positions within arrays that hold a whole split, `streaming.Streamed` batches that come and
+go, for what doesn't fit. With both a resumed run sees the batches that the unbroken one would have seen;
+in memory any number of workers sees the same ones.
 """
 
 from collections.abc import Iterator, Sequence
@@ -58,15 +58,17 @@ class Reader(Protocol):
         """This rank's parts of the epoch's batches of `batch` pictures, from step `first` on."""
         ...
 
-    def trained(self, drawn: Drawn) -> None:
-        """This batch has been learned from."""
+    def trained(self) -> None:
+        """The next of the batches that were given has been learned from."""
         ...
 
     def state(self, comm: Comm) -> dict[str, Any]:
         """What a checkpoint needs beside the step. All ranks must call it where a reader isn't even."""
         ...
 
-    def restore(self, state: dict[str, Any]) -> None: ...
+    def restore(self, state: dict[str, Any], comm: Comm) -> bool:
+        """Whether it can go on in mid-epoch from what `state` gave; else the epoch begins again."""
+        ...
 
 
 def order(n: int, batch: int, *, seed: int, epoch: int) -> np.ndarray:
@@ -77,7 +79,7 @@ def order(n: int, batch: int, *, seed: int, epoch: int) -> np.ndarray:
 
 
 class InMemory:
-    """See `Reader`. Exact: nothing hangs on who reads, or on how often a run was killed."""
+    """See `Reader`. Nothing hangs on how many read."""
 
     even = True
 
@@ -87,11 +89,11 @@ class InMemory:
     def batches(self, epoch: int, first: int, batch: int, comm: Comm) -> Iterator[np.ndarray]:
         yield from order(self.size, batch, seed=self._seed, epoch=epoch)[first:, comm.rank :: comm.world]
 
-    def trained(self, drawn: Drawn) -> None:
+    def trained(self) -> None:
         """The step says it all."""
 
     def state(self, comm: Comm) -> dict[str, Any]:
         return {}
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """The step says it all."""
+    def restore(self, state: dict[str, Any], comm: Comm) -> bool:
+        return True

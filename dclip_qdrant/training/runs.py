@@ -31,7 +31,7 @@ from dclip_qdrant.training.models import two_tower
 from dclip_qdrant.training.models.region_teacher import RegionTeacher
 from dclip_qdrant.training.node_cache import NodeCaches
 from dclip_qdrant.training.reading import InMemory, Reader, Rows
-from dclip_qdrant.training.streaming import OpenEpoch, Streamed, first_rows
+from dclip_qdrant.training.streaming import OpenStream, Streamed, first_rows
 from dclip_qdrant.training.student_batch import Uncaptioned
 from dclip_qdrant.training.student_task import StudentTask, reads_regions
 from dclip_qdrant.training.teacher_task import TeacherTask, fuse
@@ -86,7 +86,7 @@ class Worker:
     them."""
 
     def __init__(
-        self, comm: Comm, device: str, log: Log, open_stream: Callable[[Run], OpenEpoch] | None = None
+        self, comm: Comm, device: str, log: Log, open_stream: Callable[[Run], OpenStream] | None = None
     ) -> None:
         """`open_stream`: this rank's share of what a run streams."""
         self.comm = comm

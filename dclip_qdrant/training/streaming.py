@@ -1,14 +1,16 @@
 """The streamed reader: batches that come and go, in memory that doesn't hang on the number of pairs.
 
-The feature stage is cut into pieces, row groups of whole pictures, which are read in another order each
-epoch and shuffled again in a buffer. Which pictures come together, and which rank gets them, is not
-reproducible; that none comes twice in an epoch is, also after a restart: checkpoints hold the numbers of
-those that were learned from.
+The feature stage is cut into pieces, row groups of whole pictures. An `Order` deals them out to ranks, anew
+each epoch, and says which pieces make a window: what is read together, and shuffled. All of it follows from
+(seed, epoch, rank), so that a resumed run sees the batches that the unbroken one would have seen:
+checkpoints hold how far each rank has come.
 """
 
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -25,9 +27,11 @@ from dclip_qdrant.tables.contracts import FEATURES
 from dclip_qdrant.tables.stages import part_files
 from dclip_qdrant.training.data import REGION_COLUMNS, build_cache
 from dclip_qdrant.training.distributed import Comm
-from dclip_qdrant.training.reading import Drawn, Nothing, Rows
+from dclip_qdrant.training.reading import Nothing, Rows
 
-BUFFER = 4096  # pictures that are shuffled among each other, a rank
+WINDOW_ROWS = 4096  # of the features that are read together and shuffled, or fewer: pictures may be large
+WINDOW_BYTES = 128e6
+FEW = 64  # pieces a rank: of fewer, every rank reads a share of each
 OF_VIEWS = ("key", "view", "crop", "flip", "trunk", "image", "captions")
 AGAIN = "run it again with `from_scratch`"
 
@@ -40,6 +44,8 @@ class Piece:
     features: str  # a part's file
     group: int  # of that file
     first: int  # the number of its first row, over the whole stage
+    rows: int
+    size: int  # bytes of all its columns
     teacher: str | None = None
 
 
@@ -58,8 +64,10 @@ def pieces_of(features: UPath, teacher: UPath | None = None) -> list[Piece]:
         with storage.open_for_arrow(file) as f:
             metadata = pq.ParquetFile(f).metadata
         for group in range(metadata.num_row_groups):
-            pieces.append(Piece(str(file), group, first, None if taught is None else str(taught)))
-            first += metadata.row_group(group).num_rows
+            own = metadata.row_group(group)
+            into = None if taught is None else str(taught)
+            pieces.append(Piece(str(file), group, first, own.num_rows, own.total_byte_size, into))
+            first += own.num_rows
     return pieces
 
 
@@ -159,57 +167,148 @@ class _Encoded:
         return images.open_rgb(images.read(uri) if data is None else data, uri)
 
 
-OpenEpoch = Callable[[int], Iterator[pa.Table]]  # rows a batch -> this rank's tables of an epoch, anew
+class Place(NamedTuple):
+    """How far a rank has come."""
+
+    epoch: int
+    window: int  # of the epoch
+    row: int  # of the window; those before it have been learned from
+
+    @staticmethod
+    def of_all(state: Mapping[str, Any], world: int) -> "list[Place] | None":
+        """One a rank, from what `Streamed.state` wrote; None where other ranks than these wrote it."""
+        places = [Place(*place) for place in state["places"].tolist()] if "places" in state else []
+        return places if len(places) == world else None
+
+
+@dataclass(frozen=True)
+class Order:
+    """Which pictures one rank reads in an epoch, and in which order: the same whoever asks."""
+
+    pieces: tuple[Piece, ...]
+    seed: int
+    rank: int
+    world: int
+
+    @property
+    def _shared(self) -> bool:
+        """Whether each rank takes a share of every piece; else whole pieces are dealt out."""
+        return len(self.pieces) < FEW * self.world
+
+    @cached_property
+    def _of_a_window(self) -> int:
+        rows, size = sum(p.rows for p in self.pieces), sum(p.size for p in self.pieces)
+        count = min(
+            len(self.pieces) * WINDOW_ROWS / max(1, rows), len(self.pieces) * WINDOW_BYTES / max(1, size)
+        )
+        return max(1, int(count * (self.world if self._shared else 1)))
+
+    def _of_epoch(self, epoch: int) -> np.ndarray:
+        mixed = np.random.default_rng([self.seed, epoch]).permutation(len(self.pieces))
+        return mixed if self._shared else mixed[self.rank :: self.world]
+
+    @cached_property
+    def windows(self) -> int:
+        """Of an epoch."""
+        return -(-len(self._of_epoch(0)) // self._of_a_window)
+
+    def read(self, epoch: int, window: int, columns: tuple[str, ...]) -> pa.Table:
+        """The pictures of one window, as `read_piece` gives them, shuffled; each with its `Place`."""
+        first = window * self._of_a_window
+        tables: list[pa.Table] = []
+        for i in self._of_epoch(epoch)[first : first + self._of_a_window]:
+            table = read_piece(self.pieces[i], columns)
+            # another share each epoch, so that it isn't always the same pictures that come together
+            share = slice((self.rank + epoch + int(i)) % self.world, None, self.world)
+            tables.append(table.take(np.arange(table.num_rows)[share]) if self._shared else table)
+        whole = pa.concat_tables(tables)
+        mixed = np.random.default_rng([self.seed, epoch, self.rank, window]).permutation(whole.num_rows)
+        place = {"epoch": np.full(len(mixed), epoch), "window": np.full(len(mixed), window)}
+        place["row"] = np.arange(len(mixed))
+        table = whole.take(mixed)
+        for name, values in place.items():
+            table = table.append_column(name, pa.array(values, pa.int64()))
+        return table
+
+
+OpenStream = Callable[[], Iterator[pa.Table]]  # a rank's windows, from a place before the run's own on
 
 
 class Streamed:
-    """See `reading.Reader`. `open_epoch` begins an epoch of rows of `read_piece`, in another order each
-    time."""
+    """See `reading.Reader`."""
 
     even = False
 
     def __init__(
         self,
-        open_epoch: OpenEpoch,
+        open_stream: OpenStream,
         size: int,
         *,
         need: tuple[str, ...],
         regions: int,
         where: object,
     ) -> None:
+        """`open_stream`: what `Order.read` gives, window after window and epoch after epoch."""
         self.size = size
-        self._open, self._need, self._regions, self._where = open_epoch, need, regions, where
-        self._before = np.zeros(0, np.int64)  # numbers that a checkpoint had, sorted
-        self._own: list[np.ndarray] = []  # and those of this rank since
+        self._open, self._need, self._regions, self._where = open_stream, need, regions, where
+        self._stream: Iterator[pa.Table] | None = None
+        self._next: pa.Table | None = None  # of the epoch after this one
+        self._at = Place(0, 0, 0)
+        self._drawn: deque[Place] = deque()  # where batches end that are not learned from yet
 
     def batches(self, epoch: int, first: int, batch: int, comm: Comm) -> Iterator[Rows]:
         if first == 0:
-            self._before = np.zeros(0, np.int64)
-        self._own = []
+            self._at = Place(epoch, 0, 0)
+        self._drawn.clear()
         size = batch // comm.world
         waiting: list[pa.Table] = []
         count = 0
-        for table in self._open(size):
-            fresh = ~np.isin(table["number"].to_numpy(), self._before, assume_unique=True)
-            waiting.append(table if fresh.all() else table.filter(pa.array(fresh)))
-            count += waiting[-1].num_rows
+        for table in self._tables(epoch):
+            waiting.append(table)
+            count += table.num_rows
             while count >= size:
                 joined = pa.concat_tables(waiting)
-                yield self._rows(joined.slice(0, size))
+                drawn = joined.slice(0, size)
+                last = Place(**{name: drawn[name][-1].as_py() for name in Place._fields})
+                self._drawn.append(last._replace(row=last.row + 1))
+                yield self._rows(drawn)
                 waiting, count = [joined.slice(size)], count - size
 
-    def _rows(self, table: pa.Table) -> Rows:
-        return rows_of(table.combine_chunks(), need=self._need, regions=self._regions, where=self._where)
+    def _tables(self, epoch: int) -> Iterator[pa.Table]:
+        """Those of this epoch, from this reader's place on."""
+        after = self._at
+        if self._stream is None:
+            self._stream = self._open()
+        while True:
+            table = next(self._stream, None) if self._next is None else self._next
+            self._next = None
+            if table is None:
+                return
+            of = table["epoch"][0].as_py()
+            if of > epoch:
+                self._next = table
+                return
+            if of == epoch:
+                window, row = (table[name].to_numpy() for name in ("window", "row"))
+                fresh = (window > after.window) | ((window == after.window) & (row >= after.row))
+                if fresh.any():
+                    yield table if fresh.all() else table.filter(pa.array(fresh))
 
-    def trained(self, drawn: Drawn) -> None:
-        assert isinstance(drawn, Rows)
-        self._own.append(drawn.numbers)
+    def _rows(self, table: pa.Table) -> Rows:
+        table = table.drop_columns([*Place._fields]).combine_chunks()
+        return rows_of(table, need=self._need, regions=self._regions, where=self._where)
+
+    def trained(self) -> None:
+        self._at = self._drawn.popleft()
 
     def state(self, comm: Comm) -> dict[str, Any]:
-        """The numbers of all pictures that any rank has learned from in this epoch."""
-        own = np.concatenate([np.zeros(0, np.int64), *self._own])
-        shares = comm.spread(range(comm.world), lambda rank: own)
-        return {"seen": torch.from_numpy(np.unique(np.concatenate([self._before, *shares])))}
+        """`places` [world, 3]: how far each rank has come."""
+        places = comm.spread(range(comm.world), lambda rank: tuple(self._at))
+        return {"places": torch.tensor(places, dtype=torch.int64)}
 
-    def restore(self, state: dict[str, Any]) -> None:
-        self._before = state["seen"].numpy()
+    def restore(self, state: dict[str, Any], comm: Comm) -> bool:
+        places = Place.of_all(state, comm.world)
+        if places is None:
+            return False
+        self._at = places[comm.rank]
+        return True

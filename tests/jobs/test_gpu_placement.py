@@ -8,7 +8,7 @@ import pytest
 from processes import python
 from ray_jobs_here import ENV, ROOT
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 SCRIPT = """
 import json, sys

@@ -45,6 +45,7 @@ def test_extract_regions_with_yolo_previews_and_resumes(on_head, pairs_folder, t
     assert json.loads(again.stdout.splitlines()[-1])["boxes"] == facts["boxes"]
 
 
+@pytest.mark.long
 def test_adapt_job_ends_with_its_table(on_head, tiny_base, tmp_path):
     import scenes
 
@@ -72,6 +73,7 @@ def test_adapt_job_ends_with_its_table(on_head, tiny_base, tmp_path):
     assert "| comkd_clip |" in done.stdout
 
 
+@pytest.mark.long
 def test_clip_td_job_ends_with_its_table(on_head, tiny_base, tmp_path):
     import questions
 
@@ -181,7 +183,10 @@ def test_a_large_teacher_is_taught_and_teaches_a_light_student(
     exported folders say of themselves."""
     from model_folders import LIGHT, model_folder
 
+    from dclip_qdrant.pairs import Pairs
     from dclip_qdrant.pairs.build import build
+    from dclip_qdrant.serving.evaluation import evaluate
+    from dclip_qdrant.serving.student import Student
 
     light = model_folder(tmp_path / "light", LIGHT, 5)
     out, more = tmp_path / "out", tmp_path / "more"
@@ -201,8 +206,7 @@ def test_a_large_teacher_is_taught_and_teaches_a_light_student(
     rows = {row["name"]: row for row in table["rows"]}
     assert list(rows)[:2] == ["teacher's model", "base"]
     for name, folder in (("base", "base"), ("pictures", "student")):
-        told = job("evaluate", "--student", out / folder, "--pairs", pairs_folder, "--format", "json")
-        figures = json.loads(told.stdout)
+        figures = evaluate(Student.load(out / folder), Pairs.open(str(pairs_folder)))
         for way in ("t2i", "i2t"):
             assert figures[way]["mrr"] == pytest.approx(rows[name][way]["mrr"], abs=0.02)
     (taught,) = (out / "stages").glob("teacher-model-*/open_clip_model.safetensors")

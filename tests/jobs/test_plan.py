@@ -60,6 +60,7 @@ def test_what_does_not_fit_is_refused():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_plan_measures_every_stage_and_leaves_nothing(tiny_base, pairs_folder, tmp_path):
     out = tmp_path / "run"
     done = python(

@@ -23,10 +23,10 @@ def test_every_model_stands_on_the_page():
 
 @pytest.mark.slow
 def test_towers_answer_as_the_page_says():
-    """The first model of each family; every one with DCLIP_ALL_BASES=1, which takes minutes."""
+    """Every third family's first model; every model with DCLIP_ALL_BASES=1, which takes minutes."""
     models = open_clip.list_models()
     first = {family(name): name for name in reversed(models)}
-    asked = models if os.environ.get("DCLIP_ALL_BASES") else sorted(first.values())
-    assert len(asked) > 30
+    asked = models if os.environ.get("DCLIP_ALL_BASES") else sorted(first.values())[::3]
+    assert len(asked) > 10
     for name in asked:
         assert ask(name).line() == LINES[name], "python tests/all_bases.py writes the page"

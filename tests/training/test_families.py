@@ -92,7 +92,13 @@ def preprocessing(config):
     return {**TINY["preprocess_cfg"], "size": config["vision_cfg"]["image_size"]}
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+LARGE = ("MobileCLIP", "EVA02", "ResNet")  # an export of half a minute each
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(f, marks=[pytest.mark.long] if f in LARGE else []) for f in FAMILIES],
+)
 def base(request, tmp_path_factory):
     config = {"model_cfg": FAMILIES[request.param], "preprocess_cfg": preprocessing(FAMILIES[request.param])}
     folder = model_folder(tmp_path_factory.mktemp("family") / "base", json.loads(json.dumps(config)), 0)

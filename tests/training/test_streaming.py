@@ -1,4 +1,4 @@
-"""The streamed reader: what the stages hold, each picture once an epoch, also after a restart."""
+"""The streamed reader: what the stages hold, each picture once an epoch, and the same after a restart."""
 
 import numpy as np
 import pyarrow as pa
@@ -13,10 +13,20 @@ from dclip_qdrant.errors import InputError
 from dclip_qdrant.tables.compact import compact
 from dclip_qdrant.tables.contracts import FEATURES
 from dclip_qdrant.tables.stages import part_files, write_part
+from dclip_qdrant.training import streaming
+from dclip_qdrant.training.checkpoint import Checkpoints
 from dclip_qdrant.training.distributed import Comm
 from dclip_qdrant.training.loop import fit
 from dclip_qdrant.training.reading import InMemory
-from dclip_qdrant.training.streaming import OF_VIEWS, Streamed, pieces_of, read_piece, rows_of
+from dclip_qdrant.training.streaming import (
+    OF_VIEWS,
+    Order,
+    Place,
+    Streamed,
+    pieces_of,
+    read_piece,
+    rows_of,
+)
 
 COLUMNS = (*OF_VIEWS, *NEED)
 
@@ -90,43 +100,90 @@ def test_a_teacher_cache_of_other_pictures_is_refused(aligned, tmp_path):
         pieces_of(features, other)
 
 
-def reader(stages, seed=0):
-    """A stream in an order of its own each epoch."""
-    whole = pa.concat_tables(tables(stages))
-    rng = np.random.default_rng(seed)
-
-    def open_epoch(rows):
-        shuffled = whole.take(rng.permutation(whole.num_rows))
-        return iter([shuffled.slice(at, 4) for at in range(0, whole.num_rows, 4)])
-
-    return Streamed(open_epoch, whole.num_rows, need=NEED, regions=3, where="here")
+def order(stages, rank=0, world=1, **more):
+    return Order(tuple(pieces_of(*stages)), **{"seed": 7, "rank": rank, "world": world} | more)
 
 
-def test_each_picture_comes_once_an_epoch_and_none_again_after_a_restart(aligned):
-    first = reader(aligned)
-    epoch = [batch.numbers for batch in first.batches(0, 0, 2, Comm())]
-    assert len(epoch) == N // 2
-    assert set(np.concatenate(epoch).tolist()) <= set(range(0, 2 * N, 2))
-    assert len(set(np.concatenate(epoch).tolist())) == 2 * (N // 2)
+def numbers_of(own, epoch):
+    tables = [own.read(epoch, window, COLUMNS) for window in range(own.windows)]
+    return np.concatenate([table["number"].to_numpy() for table in tables]).tolist()
 
-    killed, batches = reader(aligned, 1), []
-    stream = killed.batches(3, 0, 2, Comm())
-    for _ in range(2):
-        batch = next(stream)
-        batches.append(batch.numbers)
-        killed.trained(batch)
-    next(stream)  # read ahead, but never trained
+
+@pytest.mark.parametrize("few", [64, 1], ids=["shares of each piece", "whole pieces"])
+def test_ranks_have_each_picture_once_an_epoch_between_them(aligned, few, monkeypatch):
+    monkeypatch.setattr(streaming, "FEW", few)
+    monkeypatch.setattr(streaming, "WINDOW_ROWS", 4)  # several windows
+    ranks = [order(aligned, rank, 2) for rank in range(2)]
+    assert sum(rank.windows for rank in ranks) > 2
+    for epoch in range(3):
+        both = [numbers_of(rank, epoch) for rank in ranks]
+        assert sorted([*both[0], *both[1]]) == list(range(0, 2 * N, 2))
+        assert both == [numbers_of(order(aligned, rank, 2), epoch) for rank in range(2)]  # whoever asks
+    epochs = [tuple(numbers_of(order(aligned), epoch)) for epoch in range(4)]
+    assert len(set(epochs)) == 4
+
+
+def test_a_rank_s_share_is_another_one_each_epoch(aligned):
+    shares = {frozenset(numbers_of(order(aligned, 0, 2), epoch)) for epoch in range(2)}
+    assert len(shares) == 2
+
+
+def reader(stages, rank=0, world=1, first=0):
+    """A stream that begins at this epoch."""
+    own = order(stages, rank, world)
+
+    def windows():
+        for epoch in range(first, 9):
+            for window in range(own.windows):
+                table = own.read(epoch, window, COLUMNS)
+                yield from (table.slice(at, 3) for at in range(0, table.num_rows, 3))  # Ray cuts large ones
+
+    return Streamed(windows, N, need=NEED, regions=3, where="here")
+
+
+def learned(stream, epoch, first=0, most=99):
+    """Numbers of the batches that a reader gives; `most` of them are learned from, and one more is read."""
+    seen = []
+    for batch in stream.batches(epoch, first, 2, Comm()):
+        if len(seen) == most:
+            break
+        seen.append(batch.numbers.tolist())
+        stream.trained()
+    return seen
+
+
+def test_a_restart_sees_what_the_unbroken_run_would_have_seen(aligned):
+    unbroken = reader(aligned)
+    wanted = [learned(unbroken, epoch) for epoch in range(3)]
+    assert [len(batches) for batches in wanted] == [N // 2] * 3
+    killed = reader(aligned)
+    assert learned(killed, 0) == wanted[0]
+    begun = learned(killed, 1, most=2)
     state = killed.state(Comm())
-    again = reader(aligned, 2)
-    again.restore(state)
-    rest = []
-    for batch in again.batches(3, 2, 2, Comm()):
-        again.trained(batch)
-        rest.append(batch.numbers)
-    seen = np.concatenate([*batches, *rest])
-    assert len(seen) == len(set(seen.tolist())) == 2 * (N // 2)
-    # the next epoch begins anew
-    assert sum(len(batch) for batch in again.batches(4, 0, 2, Comm())) == 2 * (N // 2)
+    again = reader(aligned, first=1)
+    assert again.restore(state, Comm())
+    assert begun + learned(again, 1, first=2) == wanted[1]
+    assert learned(again, 2) == wanted[2]
+
+
+def test_other_workers_than_those_that_began_an_epoch_begin_it_again(aligned, tmp_path):
+    state = {"places": torch.tensor([[1, 0, 2], [1, 0, 2]])}
+    assert Place.of_all(state, 2) == [(1, 0, 2), (1, 0, 2)]
+    assert Place.of_all(state, 1) is None
+    assert not reader(aligned).restore(state, Comm())
+    checkpoints, lines = Checkpoints(UPath(tmp_path)), []
+    options = OPTIONS | {"epochs": 1, "checkpoint_s": -1}
+    fit(Line(), reader=reader(aligned), checkpoints=checkpoints, **options)
+    whole = Line()
+    fit(whole, reader=reader(aligned), **OPTIONS | {"epochs": 1})
+    (tmp_path / "step-4.pt").unlink()  # the end of the epoch; step 3 is in the middle of it
+    saved = checkpoints.load()
+    assert saved["step"] == 3
+    checkpoints.save(3, saved | {"reader": state})
+    other = Line()
+    fit(other, reader=reader(aligned), checkpoints=checkpoints, log=lines.append, **OPTIONS | {"epochs": 1})
+    assert lines[0] == "epoch 1 begins again: other workers than these 1 had begun it"
+    assert other.drawn == whole.drawn
 
 
 class Line:
@@ -179,6 +236,17 @@ OPTIONS = {
 }
 
 
+def placed(table, epoch):
+    """With the places that `Order.read` gives."""
+    for name, values in (
+        ("epoch", [epoch] * len(table)),
+        ("window", [0] * len(table)),
+        ("row", range(len(table))),
+    ):
+        table = table.append_column(name, pa.array(list(values), pa.int64()))
+    return table
+
+
 def test_the_loop_learns_the_same_from_both_readers(aligned):
     in_memory, streamed = Line(), Line()
     wanted = fit(in_memory, **OPTIONS)
@@ -188,13 +256,8 @@ def test_the_loop_learns_the_same_from_both_readers(aligned):
     epochs = iter(
         np.concatenate(list(InMemory(N, OPTIONS["seed"]).batches(e, 0, 2, Comm()))) for e in range(3)
     )
-    stream = Streamed(
-        lambda rows: iter([whole.take([position[i] for i in next(epochs)])]),
-        N,
-        need=NEED,
-        regions=3,
-        where="here",
-    )
+    tables_in_memory_s_order = (placed(whole.take([position[i] for i in e]), n) for n, e in enumerate(epochs))
+    stream = Streamed(lambda: tables_in_memory_s_order, N, need=NEED, regions=3, where="here")
     got = fit(streamed, reader=stream, **OPTIONS)
     assert streamed.drawn == in_memory.drawn
     assert [row["loss"] for row in got] == [row["loss"] for row in wanted]
@@ -203,7 +266,7 @@ def test_the_loop_learns_the_same_from_both_readers(aligned):
 def test_an_epoch_ends_where_the_stream_ends_and_says_so(aligned):
     whole = pa.concat_tables(tables(aligned))
     lines = []
-    stream = Streamed(lambda rows: iter([whole.slice(0, 5)]), N, need=NEED, regions=3, where="here")
+    stream = Streamed(lambda: iter([placed(whole.slice(0, 5), 0)]), N, need=NEED, regions=3, where="here")
     history = fit(Line(), reader=stream, log=lines.append, **OPTIONS | {"epochs": 1})
     assert len(history) == 1
     assert "epoch 1/1: 2 of 4 batches, the rest is left for others" in lines

@@ -69,7 +69,8 @@ class _Read:
 
     def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
         for number in table["item"].to_pylist():
-            rows = self._order.read(*divmod(number, self._order.windows), self._columns)
+            epoch, window = divmod(number, self._order.windows)
+            rows = self._order.read(epoch, window, self._columns)
             if rows.num_rows:
                 yield rows
 

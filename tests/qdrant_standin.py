@@ -190,6 +190,9 @@ def _index(server: Standin, name: str, body: Any) -> Any:
     i = models.CreateFieldIndex(**body)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that indexes do nothing for this engine
+        if isinstance(i.field_schema, models.TextIndexParams):  # this engine has no other than its default
+            plain = {"tokenizer": models.TokenizerType.WORD, "ascii_folding": None, "stemmer": None}
+            i.field_schema = i.field_schema.model_copy(update={**plain, "stopwords": None})
         return server.engine.create_payload_index(name, i.field_name, i.field_schema)
 
 

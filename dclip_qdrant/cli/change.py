@@ -249,7 +249,7 @@ def collections_command(url: str | None, edge: str | None, api_key: str | None, 
     """Lists collections: their student, their points, the aliases that mean them."""
     from dclip_qdrant.serving.change import versions
 
-    with opened_place(url, edge, api_key) as place:
+    with opened_place(url, edge, api_key, looking_up=True) as place:
         rows = versions(place)
     if form == "json":
         click.echo(json.dumps([row.row() for row in rows], indent=1))

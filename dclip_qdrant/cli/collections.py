@@ -93,7 +93,7 @@ def search_command(
     conditions = [parse_filter(condition) for condition in where]
     picture = as_rgb(image) if image else None
     loaded = Student.load(student)
-    with opened_store(collection, url, edge, api_key) as store:
+    with opened_store(collection, url, edge, api_key, looking_up=True) as store:
         hits = search(
             store,
             loaded,
@@ -162,7 +162,7 @@ def inspect_command(target: str, url: str | None, edge: str | None, api_key: str
     if as_path(target).is_dir() and not edge:
         facts = Student.load(target).facts()
     else:
-        with opened_store(target, url, edge, api_key) as store:
+        with opened_store(target, url, edge, api_key, looking_up=True) as store:
             filler = store.metadata().get(META, {}).get("student", "something else than dclip-qdrant")
             facts = {"collection": target, **store.describe(), "filled_by": filler}
     if form == "json":

@@ -35,10 +35,20 @@ def run(command: click.Command, args: list[str] | None = None) -> None:
     except DclipError as e:
         fail(e)
     except Exception as e:
-        own = _inside_ray(e)
-        if own is None:
+        own = _inside_ray(e) or _of_the_machine(e)
+        if own is None or os.environ.get("DCLIP_DEBUG"):
             raise
         fail(own)
+
+
+def _of_the_machine(error: Exception) -> DclipError | None:
+    """A full disk, a folder that may not be written, a package that is missing: nothing that a traceback
+    would explain (DCLIP_DEBUG=1 shows it)."""
+    if isinstance(error, OSError) and error.strerror:
+        return DclipError(error.filename or "this machine", error.strerror)
+    if isinstance(error, ImportError):
+        return DclipError("a package is missing", str(error), do="pip install it")
+    return None
 
 
 def _inside_ray(error: Exception) -> DclipError | None:

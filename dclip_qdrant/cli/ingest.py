@@ -55,6 +55,13 @@ captions_option = click.option(
         "Index the first N captions of each picture: the others stay for tune and --golden.  [default: all]"
     ),
 )
+max_megapixels_option = click.option(
+    "--max-megapixels",
+    "max_pixels",
+    type=click.IntRange(1),
+    callback=lambda _, __, count: count * 1_000_000 if count else None,
+    help="Of a picture; larger ones are rejected. Each takes 3 MB of memory and more.  [default: 89]",
+)
 replace_option = click.option("--replace", is_flag=True, help="A key that another picture has is taken over.")
 
 
@@ -72,6 +79,12 @@ replace_option = click.option("--replace", is_flag=True, help="A key that anothe
 @top_k_option
 @spec_option
 @images_option
+@click.option(
+    "--as",
+    "read_as",
+    type=click.Choice(["folder", "csv", "jsonl", "json", "token", "tar", "parquet"]),
+    help="What SOURCE is read as.  [default: what is found in it]",
+)
 @splits_option
 @captions_option
 @prefix_option
@@ -92,6 +105,8 @@ replace_option = click.option("--replace", is_flag=True, help="A key that anothe
 )
 @replace_option
 @click.option("--limit", type=click.IntRange(1), help="Stop after so many pictures.")
+@click.option("--prune", is_flag=True, help="Delete points whose picture is gone from the source's folder.")
+@max_megapixels_option
 @rejects_option
 @threads_option
 @quiet_option
@@ -109,6 +124,7 @@ def ingest_command(
     top_k: int,
     spec: str,
     images_root: str | None,
+    read_as: str | None,
     splits: tuple[str, ...],
     captions: int | None,
     prefix: str,
@@ -116,6 +132,8 @@ def ingest_command(
     into_existing: str | None,
     replace: bool,
     limit: int | None,
+    prune: bool,
+    max_pixels: int | None,
     rejects: str | None,
     threads: int | None,
     quiet: bool,
@@ -135,6 +153,8 @@ def ingest_command(
 
     if detector and regions:
         raise UsageError("`detector`", "and `regions`", "one of them")
+    if into_existing and prune:
+        raise UsageError("`prune`", "with `into_existing`", "one of them", "the points are somebody else's")
     if into_existing and (edge or not url):
         do = "qdrant-edge collections are made by dclip-qdrant alone"
         raise UsageError("`into_existing`", "an embedded collection", "`url`", do)
@@ -146,6 +166,7 @@ def ingest_command(
     shared: dict[str, Any] = {
         "spec": wish,
         "images_root": images_root,
+        "read_as": read_as,
         "prefix": prefix,
         "splits": splits,
         "captions": captions,
@@ -157,7 +178,14 @@ def ingest_command(
     with opened_store(collection, url, edge, api_key) as store:
         row: dict[str, Any] = {"collection": collection}
         if into_existing:
-            embedder = Embedder(loaded, detector=finder, regions=boxes, top_k=top_k, threads=threads)
+            embedder = Embedder(
+                loaded,
+                detector=finder,
+                regions=boxes,
+                top_k=top_k,
+                threads=threads,
+                max_pixels=max_pixels,
+            )
             report, guest = ingest_into(
                 source, embedder, cast("Qdrant", store), field=into_existing, **shared
             )
@@ -173,11 +201,13 @@ def ingest_command(
                 top_k=top_k,
                 threads=threads,
                 layout=layout,
+                prune=prune,
+                max_pixels=max_pixels,
                 **shared,
             )
             left = None
         bar.done()
-        front.say(report.line())
+        front.say(report.line().replace("`prune`", "--prune"))
         if left:
             front.say(left)
         click.echo(json.dumps(row | report.row() | {"points": store.count()}))
@@ -236,7 +266,7 @@ def ingest_on_ray_command(
     Every worker must be able to read SOURCE and the student. What is there already, unchanged, is not
     decoded. An embedded collection is written by one task. Exit code 3: some pictures were rejected.
     """
-    from dclip_qdrant.cli.options import where
+    from dclip_qdrant.cli.options import patience, where
     from dclip_qdrant.jobs.cluster import absolute, absolute_or_none, absolute_weights, connect
     from dclip_qdrant.jobs.ingest import IngestRequest, ingest
     from dclip_qdrant.serving.collection import CollectionSpec
@@ -247,6 +277,7 @@ def ingest_on_ray_command(
         "url": place["url"],
         "edge": absolute_or_none(place["edge"], "edge"),
         "api_key": api_key,
+        "patience": patience(),
     }
     request = IngestRequest(
         source=absolute(source, "source"),

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from dclip_qdrant.serving.stores import Place, Store
 
 Decorator = Callable[[Any], Any]
+WAIT = "dclip_qdrant.wait"  # what `--wait` says, in click's context
+LOOKING_UP = 10.0  # seconds of waiting where a person waits for an answer
 
 
 def together(*decorators: Decorator) -> Decorator:
@@ -63,6 +65,11 @@ def detector_weights_option(help_text: str) -> Decorator:
     )
 
 
+def _keep_wait(context: click.Context, _: click.Parameter, seconds: float | None) -> None:
+    """For `opened_place` and `opened_store`, wherever the command calls them."""
+    context.meta[WAIT] = seconds
+
+
 place_options = together(
     click.option(
         "--url",
@@ -80,6 +87,14 @@ place_options = together(
         show_envvar=True,
         metavar="KEY",
         help="The server's key; better in the environment than on the command line.",
+    ),
+    click.option(
+        "--wait",
+        type=click.FloatRange(0),
+        expose_value=False,
+        callback=_keep_wait,
+        metavar="SECONDS",
+        help="How long to wait for a server that is busy or away.  [default: 120; 10 to look something up]",
     ),
 )
 store_options = together(
@@ -150,11 +165,20 @@ def where(url: str | None, edge: str | None) -> dict[str, str | None]:
     return {"url": None if edge else url, "edge": edge or (None if url else "dclip-edge")}
 
 
+def patience(looking_up: bool = False) -> float | None:
+    """What `--wait` says, or what commands do without it."""
+    context = click.get_current_context(silent=True)
+    said = context.meta.get(WAIT) if context else None
+    return LOOKING_UP if said is None and looking_up else said
+
+
 @contextmanager
-def opened_place(url: str | None, edge: str | None, api_key: str | None) -> "Iterator[Place]":
+def opened_place(
+    url: str | None, edge: str | None, api_key: str | None, *, looking_up: bool = False
+) -> "Iterator[Place]":
     from dclip_qdrant.serving import stores
 
-    place = stores.place(**where(url, edge), api_key=api_key)
+    place = stores.place(**where(url, edge), api_key=api_key, patience=patience(looking_up))
     try:
         yield place
     finally:
@@ -163,11 +187,12 @@ def opened_place(url: str | None, edge: str | None, api_key: str | None) -> "Ite
 
 @contextmanager
 def opened_store(
-    collection: str, url: str | None, edge: str | None, api_key: str | None
+    collection: str, url: str | None, edge: str | None, api_key: str | None, *, looking_up: bool = False
 ) -> "Iterator[Store]":
     from dclip_qdrant.serving import stores
 
-    store = stores.open_store(collection, **where(url, edge), api_key=api_key)
+    place = {**where(url, edge), "api_key": api_key, "patience": patience(looking_up)}
+    store = stores.open_store(collection, **place)
     try:
         yield store
     finally:

@@ -18,7 +18,7 @@ from PIL import (
     AvifImagePlugin,  # noqa: F401  (plugins register themselves)
     ExifTags,
     Image,
-    TiffImagePlugin,  # noqa: F401
+    TiffImagePlugin,
     UnidentifiedImageError,
     WebPImagePlugin,  # noqa: F401
 )
@@ -32,6 +32,16 @@ SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", "
 MAX_PIXELS = 89_478_485
 
 PNG = b"\x89PNG\r\n\x1a\n"
+OTHER_FORMATS = (  # by their first bytes, for those who wonder why
+    (rb"....ftyp(heic|heix|hevc|heim|heis|mif1|msf1)", "HEIC, a phone's format: convert it to JPEG"),
+    (rb"\xff\x0a|....JXL ", "JPEG XL"),
+    (rb"....jP  |\xff\x4f\xff\x51", "JPEG 2000"),
+    (rb"(II\x2a\x00|MM\x00\x2a)", "a TIFF of a kind that Pillow doesn't read"),
+    (rb"%PDF", "a PDF"),
+    (rb"8BPS", "a Photoshop file"),
+    (rb"....ftyp", "a video"),
+    (rb"version https://git-lfs", "a Git LFS pointer, not the picture itself"),
+)
 TURNS = {  # EXIF 2.3, table 6: how a stored picture becomes upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -65,8 +75,10 @@ def open_rgb(data: bytes, where: object, *, max_pixels: int = MAX_PIXELS) -> Ima
                     raise
                 image = _loaded(_without_text(data), where, max_pixels)
             return upright(image)
-    except ImageError:
-        raise
+    except ImageError as e:
+        if e.where != "picture":
+            raise
+        raise ImageError(where, e.came, e.expected, e.do) from e
     except Image.DecompressionBombError as e:
         size = re.search(r"(\d+) pixels", str(e))
         came = f"a decompression bomb of {int(size.group(1)):,} pixels" if size else "a decompression bomb"
@@ -75,6 +87,16 @@ def open_rgb(data: bytes, where: object, *, max_pixels: int = MAX_PIXELS) -> Ima
         raise ImageError(where, f"not a picture ({_looks_like(data)})", "one of " + ", ".join(FORMATS)) from e
     except Exception as e:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, ...
         raise ImageError(where, f"can't be decoded: {str(e) or type(e).__name__}", "a whole picture") from e
+
+
+def allow(max_pixels: int | None) -> int:
+    """What `open_rgb` is to be given so that pictures of so many pixels open; MAX_PIXELS for None. Pillow has
+    a limit of its own, of twice MAX_PIXELS and for the whole process, which is raised where it must be."""
+    if max_pixels is None:
+        return MAX_PIXELS
+    if Image.MAX_IMAGE_PIXELS is not None:
+        Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, max_pixels)
+    return max_pixels
 
 
 def _loaded(data: bytes, where: object, max_pixels: int) -> Image.Image:
@@ -112,11 +134,11 @@ def as_rgb(picture: Picture, where: object = "picture") -> Image.Image:
 
 def _looks_like(data: bytes) -> str:
     head = data[:64]
-    return (
-        "it looks like text"
-        if all(32 <= b < 127 or b in (9, 10, 13) for b in head)
-        else "begins with " + head[:8].hex(" ")
-    )
+    kind = next((name for begins, name in OTHER_FORMATS if re.match(begins, head, re.DOTALL)), None)
+    if kind is not None:
+        return f"it looks like {kind}"
+    text = all(32 <= b < 127 or b in (9, 10, 13) for b in head)
+    return "it looks like text" if text else "begins with " + head[:8].hex(" ")
 
 
 def upright(image: Image.Image) -> Image.Image:
@@ -135,11 +157,13 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16-bit greyscale: Pillow's own conversion would clip it to white
-        deep = np.asarray(image).astype(np.int64)
-        image = Image.fromarray((deep.clip(0, 65535) >> 8).astype(np.uint8))
-    elif image.mode == "F":
-        image = Image.fromarray(np.asarray(image).clip(0, 255).astype(np.uint8))
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+        # 16-bit greyscale: Pillow's own conversion would clip it to white
+        shades = (np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8)
+        image = Image.fromarray(255 - shades if _white_is_zero(image) else shades)
+    elif image.mode in ("I", "F"):
+        came = "greyscale of 32 bits, which doesn't say what its white is"
+        raise ImageError("picture", came, "8 or 16 bits", "save it anew")
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
@@ -147,14 +171,28 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
+def _white_is_zero(image: Image.Image) -> bool:
+    """Whether a TIFF counts from white to black (photometric interpretation 0); Pillow turns only 8 bits."""
+    tags = getattr(image, "tag_v2", None)
+    return tags is not None and tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0
+
+
+def pixels(data: bytes) -> int:
+    """Width x height, out of the header alone; 0 where it can't be read."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+                return image.width * image.height
+    except Exception:  # whatever the bytes lead to; decoding will say it
+        return 0
+
+
 def read(path: str | Path) -> bytes:
     """The bytes at a path or URI (fsspec). Raises ImageError when there is nothing to read."""
+    if "://" in str(path):
+        return _fetched(str(path))
     try:
-        if "://" in str(path):
-            import fsspec
-
-            with fsspec.open(str(path), "rb") as f:
-                return cast(BinaryIO, f).read()
         # not waited for: a named pipe would never answer
         with os.fdopen(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb") as f:
             if not stat.S_ISREG(os.fstat(f.fileno()).st_mode):
@@ -162,6 +200,19 @@ def read(path: str | Path) -> bytes:
             return f.read()
     except OSError as e:
         raise ImageError(path, f"can't be read: {e.strerror or e}") from e
+
+
+def _fetched(uri: str) -> bytes:
+    import fsspec
+
+    try:
+        with fsspec.open(uri, "rb") as f:
+            return cast(BinaryIO, f).read()
+    except ImportError as e:
+        raise ImageError(uri, f"needs a package: {e}", do="pip install it") from e
+    except Exception as e:  # OSError, ValueError, aiohttp's, botocore's, ...: whatever reads this protocol
+        reason = " ".join(str(e).split())[:200] or type(e).__name__
+        raise ImageError(uri, f"can't be read: {reason}") from e
 
 
 def content_hash(data: bytes) -> str:

@@ -190,10 +190,10 @@ class Service:
         body = parse_json(await self._body(request))
         if not isinstance(body, dict):
             raise Refused(400, "body: expected an object with model and input")
-        model, given, form = body.get("model"), body.get("input"), body.get("encoding_format", "float")
+        model, given, form = body.get("model"), body.get("input"), body.get("encoding_format")
         if not isinstance(model, str):
             raise Refused(400, "model: expected a student's name")
-        if form not in ("float", "base64"):
+        if form not in (None, "float", "base64"):  # null is the default, as OpenAI's service takes it
             raise Refused(400, "encoding_format: expected float or base64")
         try:
             student, regions = self.engine.student(model)
@@ -209,12 +209,16 @@ class Service:
         ):
             raise Refused(400, f"dimensions: expected 1 to {student.dim}, what this student has")
         texts = [given] if isinstance(given, str) else given
+        if _has_token_ids(texts):
+            raise Refused(
+                400,
+                "input: token ids, which are another tokenizer's; send texts (LangChain's OpenAIEmbeddings: "
+                "check_embedding_ctx_length=False)",
+            )
         if not isinstance(texts, list) or not texts or not all(isinstance(t, str) for t in texts):
             raise Refused(400, "input: expected a text or a list of texts")
-        if len(texts) > self.engine.limits.inputs:
-            raise Refused(
-                413, f"input: {len(texts):,} texts; at most {self.engine.limits.inputs:,} a request"
-            )
+        if len(texts) > self.engine.limits.texts:
+            raise Refused(413, f"input: {len(texts):,} texts; at most {self.engine.limits.texts:,} a request")
         inputs = [text_input(t, model, f"input[{i}]", self.engine.limits) for i, t in enumerate(texts)]
         vectors = [shorten(v, dim) for v in await self.engine.embed(inputs)]
         tokens = await asyncio.get_running_loop().run_in_executor(
@@ -222,7 +226,7 @@ class Service:
         )
         shape = lambda v: (
             v.tolist()
-            if form == "float"
+            if form != "base64"
             else base64.b64encode(np.ascontiguousarray(v, "<f4").tobytes()).decode()
         )
         data = [{"object": "embedding", "index": i, "embedding": shape(v)} for i, v in enumerate(vectors)]
@@ -324,3 +328,10 @@ def _error(path: str, status: int, message: str, headers: dict[str, str] | None 
         else message
     )
     return JSONResponse({"error": body}, status_code=status, headers={**HEADERS, **(headers or {})})
+
+
+def _has_token_ids(given: Any) -> bool:
+    """Whether an `input` is a list of numbers, or of lists of numbers."""
+    first = given[0] if isinstance(given, list) and given else None
+    first = first[0] if isinstance(first, list) and first else first
+    return isinstance(first, int) and not isinstance(first, bool)

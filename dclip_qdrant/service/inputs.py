@@ -141,11 +141,11 @@ def _bytes(given: Input, limits: Limits) -> bytes:
             raise Refused(
                 400, f"{where}.data: a data: URI that isn't base64; expected data:image/...;base64,..."
             )
-        data = body
+        data = urllib.parse.unquote(body)  # it is a URI: + and / may be percent-encoded
     elif re.match(r"[a-z][a-z0-9+.-]*:", data, re.IGNORECASE):
         raise Refused(400, f"{where}.data: a {data.split(':')[0][:20]}: URI; expected base64 or data:")
     try:
-        out = base64.b64decode(re.sub(r"\s+", "", data), validate=True)
+        out = _base64(data)
     except (binascii.Error, ValueError):
         raise Refused(
             400,
@@ -155,6 +155,12 @@ def _bytes(given: Input, limits: Limits) -> bytes:
     if len(out) > limits.picture_bytes:
         raise Refused(413, f"{where}.data: {len(out):,} bytes; at most {limits.picture_bytes:,}")
     return out
+
+
+def _base64(data: str) -> bytes:
+    """Of either alphabet (RFC 4648, 4 and 5). Raises ValueError."""
+    text = re.sub(r"\s+", "", data).translate(str.maketrans("-_", "+/"))
+    return base64.b64decode(text, validate=True)
 
 
 def _fetch(url: str, where: str, limits: Limits) -> bytes:

@@ -19,6 +19,7 @@ class Limits:
     picture_bytes: int = 20 << 20
     picture_pixels: int = 50_000_000  # 150 MB of RGB
     inputs: int = 256  # a request
+    texts: int = 2048  # a request that holds texts alone, as OpenAI's service takes them
     text_chars: int = 20_000  # CLIP reads some 300; the tokenizer's work is linear in this
     waiting: int = 4096  # inputs in line, all requests together; beyond it 429
     fetch_hosts: tuple[str, ...] = field(default=())  # hosts that picture URLs may name; none: no URLs

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+PATIENCE = 5.0  # seconds that a request waits for a Qdrant server that is busy or away
+
 BACKLOG = 2048  # connections that wait, as uvicorn has it
 
 
@@ -82,7 +84,8 @@ def build_service(
         roots = [Path(p) for p in pictures or []]
         if not roots and not url:
             roots = None  # our own folder; a server's payload may be anybody's: nothing without `pictures`
-        gallery = Gallery(engine, place(url=url, edge=edge, api_key=api_key), roots=roots)
+        store = place(url=url, edge=edge, api_key=api_key, patience=PATIENCE)
+        gallery = Gallery(engine, store, roots=roots)
     return Service(engine, gallery=gallery, token=token, loopback=is_loopback(host))
 
 

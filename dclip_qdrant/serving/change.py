@@ -189,8 +189,8 @@ def push(
     to: str | None = None,
     progress: Callable[[int, int], None] = lambda done, new: None,
 ) -> tuple[int, int]:
-    """Copies a collection to another place, vectors, payload and metadata; points that are there already are
-    left alone. How many it has, how many were new.
+    """Copies a collection to another place, vectors, payload and metadata; points that are there already with
+    the same payload are left alone. How many it has, how many were new or had changed.
 
     Raises:
         MismatchError: the collection there was filled by another student. StoreError.
@@ -205,15 +205,13 @@ def push(
                 f"{target.where}/{there.name}", came, metadata[META]["student"], "another `to`"
             )
     else:
-        spec = CollectionSpec.model_validate({k: facts[k] for k in ("vectors", "payload_indexes")})
+        spec = CollectionSpec.model_validate({k: facts[k] for k in ("vectors", "payload_indexes", "text")})
         there.create(spec, facts["dim"], metadata)
     done = new = 0
     points = iter(here.scroll(with_vectors=True))
     while batch := list(islice(points, PUSHED_TOGETHER)):
-        stored = there.payloads([p.id for p in batch], ["content_hash"])
-        fresh = [
-            p for p in batch if stored.get(p.id, {}).get("content_hash", "") != p.payload.get("content_hash")
-        ]
+        stored = there.payloads([p.id for p in batch], None)
+        fresh = [p for p in batch if stored.get(p.id) != p.payload]
         if fresh:
             there.upsert(fresh)
         done, new = done + len(batch), new + len(fresh)

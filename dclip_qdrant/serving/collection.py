@@ -12,6 +12,24 @@ from dclip_qdrant.lookup import did_you_mean
 from dclip_qdrant.serving.student import Student
 from dclip_qdrant.settings import checked, read_toml
 
+LANGUAGE = Literal[
+    "danish",
+    "dutch",
+    "english",
+    "finnish",
+    "french",
+    "german",
+    "greek",
+    "hungarian",
+    "italian",
+    "norwegian",
+    "portuguese",
+    "romanian",
+    "russian",
+    "spanish",
+    "swedish",
+    "turkish",
+]  # that every engine has both a stemmer and stop words for
 META = "dclip"  # the key under which a collection's metadata holds ours
 
 
@@ -29,6 +47,21 @@ class VectorSpec(BaseModel):
     )
 
 
+class TextSpec(BaseModel):
+    """How texts with a bm25 index, and queries for them, are cut into words: the same on every engine."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    tokenizer: Literal["multilingual", "word", "whitespace", "prefix"] = Field(
+        default="multilingual",
+        description="multilingual also finds words in languages that are written without spaces",
+    )
+    language: LANGUAGE | None = Field(
+        default=None,
+        description="whose endings and stop words are taken off (runs finds running); null: none",
+    )
+    ascii_folding: bool = Field(default=True, description="cafe finds café")
+
+
 class CollectionSpec(BaseModel):
     """The wish. Cosine distance throughout: vectors are unit vectors."""
 
@@ -36,6 +69,7 @@ class CollectionSpec(BaseModel):
     about: str = ""
     vectors: dict[Literal["image", "regions"], VectorSpec] = Field(min_length=1)
     payload_indexes: dict[str, Literal["keyword", "integer", "float", "bm25"]] = {}
+    text: TextSpec = TextSpec()
     indexing_threshold: int | None = Field(
         None,
         gt=0,

@@ -19,6 +19,7 @@ from dclip_qdrant.serving.student import TOP_K, Student
 Layout = Literal["flat", "langchain"]
 
 
+PIXELS_TOGETHER = 64_000_000  # that are decoded at once: 192 MB, and what decoders need beside it
 SEEN = ("width", "height", "boxes", "scores", "labels")  # of a payload: what the picture itself shows
 
 
@@ -38,8 +39,11 @@ class Embedder:
         context: float = CONTEXT,
         threads: int | None = None,
         layout: Layout = "flat",
+        max_pixels: int | None = None,
     ) -> None:
+        """`max_pixels`: of a picture; larger ones are rejected. None: images.MAX_PIXELS."""
         self.student = student
+        self.max_pixels = images.allow(max_pixels)
         self.detector = detector
         self.regions = regions
         self.top_k = top_k
@@ -60,9 +64,12 @@ class Embedder:
 
     def embed(self, items: Sequence[Item]) -> list[Point]:
         """Decodes, finds regions, embeds. Items that fail get their `error` and no point."""
+        return [point for some in _by_pixels(items) for point in self._embed(some)]
+
+    def _embed(self, items: Sequence[Item]) -> list[Point]:
         decoded = [
             (item, image)
-            for item, image in zip(items, self.pool.map(_decode, items), strict=True)
+            for item, image in zip(items, self.pool.map(self._decode, items), strict=True)
             if image is not None
         ]
         if self.detector is not None and decoded:
@@ -76,6 +83,15 @@ class Embedder:
         for (item, _), vectors in zip(decoded, self._vectors(decoded), strict=True):
             points.append(Point(item.id, vectors[0], vectors, self._payload(item)))
         return points
+
+    def _decode(self, item: Item) -> Image.Image | None:
+        try:
+            image = images.open_rgb(item.data, item.picture.uri, max_pixels=self.max_pixels)
+        except ImageError as e:
+            item.error = e
+            return None
+        item.size, item.data = image.size, b""
+        return image
 
     def _vectors(self, decoded: list[tuple[Item, Image.Image]]) -> list[np.ndarray]:
         """[1 + R, D] a picture: itself, then its `item.regions`."""
@@ -133,11 +149,17 @@ def _read(item: Item) -> Item:
     return item
 
 
-def _decode(item: Item) -> Image.Image | None:
-    try:
-        image = images.open_rgb(item.data, item.picture.uri)
-    except ImageError as e:
-        item.error = e
-        return None
-    item.size, item.data = image.size, b""
-    return image
+def _by_pixels(items: Sequence[Item]) -> Iterator[list[Item]]:
+    """The items in groups that may be decoded together: memory follows from PIXELS_TOGETHER, not from how
+    many photos there are or how large."""
+    group: list[Item] = []
+    count = 0
+    for item in items:
+        own = images.pixels(item.data)
+        if group and count + own > PIXELS_TOGETHER:
+            yield group
+            group, count = [], 0
+        group.append(item)
+        count += own
+    if group:
+        yield group

@@ -24,6 +24,7 @@ from dclip_qdrant.pictures.regions import Regions
 from dclip_qdrant.serving.collection import CollectionSpec, check_student, metadata_of
 from dclip_qdrant.serving.embedder import Embedder, Layout
 from dclip_qdrant.serving.items import Item, Payload, RejectsFile, Report
+from dclip_qdrant.serving.prune import local_root, note_gone
 from dclip_qdrant.serving.stores import Point, Store
 from dclip_qdrant.serving.student import TOP_K, Student, as_student
 
@@ -207,8 +208,9 @@ class SourceItems:
         splits: Sequence[str] = (),
         captions: int | None = None,
         limit: int | None = None,
+        read_as: str | None = None,
     ) -> None:
-        self._layout = open_source(source, images_root=images_root, captions=False)
+        self._layout = open_source(source, images_root=images_root, captions=False, read_as=read_as)
         self._account = Account(self._layout)
         self._prefix, self._splits, self._captions, self._limit = prefix, splits, captions, limit
 
@@ -245,14 +247,17 @@ def ingest(
     top_k: int = TOP_K,
     spec: CollectionSpec | str | None = None,
     images_root: str | None = None,
+    read_as: str | None = None,
     prefix: str = "",
     splits: Sequence[str] = (),
     captions: int | None = None,
     replace: bool = False,
     rejects: str | None = None,
     limit: int | None = None,
+    prune: bool = False,
     threads: int | None = None,
     layout: Layout = "flat",
+    max_pixels: int | None = None,
     progress: Progress = lambda report: None,
 ) -> Report:
     """Creates the collection where there is none and fills it.
@@ -261,12 +266,16 @@ def ingest(
         source: A folder, CSV, JSONL, tar or Parquet of pictures, or pairs.
         detector: What finds regions: an instance, or a name in `detectors/`; or `regions` that were found
             before.
+        read_as: What the source is (folder, csv, jsonl, json, token, tar, parquet); None: what is in it.
         prefix: Put before every key, to keep sources apart.
         splits: Only these, of a source that has splits.
         captions: How many of each picture's captions are indexed, the first ones; None: all. With 1, the
             others stay for `tune`: a caption that is indexed word for word can't be a test of search.
         replace: A key that another picture has is taken over.
         rejects: A file for the pictures that were rejected, with path and reason.
+        prune: Delete points whose picture is gone from the source's folder; else they are counted, in
+            collections of up to COUNT_GONE points.
+        max_pixels: Of a picture; larger ones are rejected. None: 89 million.
 
     Raises:
         MismatchError: another student filled the collection. UsageError: nothing to read.
@@ -281,7 +290,9 @@ def ingest(
         top_k=top_k,
         threads=threads,
         layout=layout,
+        max_pixels=max_pixels,
     )
+    root = local_root(str(source), images_root, must=prune)
     items = SourceItems(
         str(source),
         images_root=images_root,
@@ -289,8 +300,11 @@ def ingest(
         splits=splits,
         captions=captions,
         limit=limit,
+        read_as=read_as,
     )
     prepare_collection(store, loaded, wish)
     judge = PictureJudge(embedder, replace=replace, keys=LocalKeys())
     report = run(iter(items), judge, embedder, store, rejects=rejects, progress=progress)
+    if root is not None:
+        note_gone(report, store, root, delete=prune)
     return items.note_left_out(report)

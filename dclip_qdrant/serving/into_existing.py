@@ -81,6 +81,7 @@ def ingest_into(
     field: str,
     spec: CollectionSpec | None = None,
     images_root: str | None = None,
+    read_as: str | None = None,
     prefix: str = "",
     splits: Sequence[str] = (),
     captions: int | None = None,
@@ -110,7 +111,13 @@ def ingest_into(
     remembered = metadata_of(embedder.student, field=field)
     store.move_in(spec or CollectionSpec.load(), embedder.student.dim, remembered, MARK)
     items = SourceItems(
-        source, images_root=images_root, prefix=prefix, splits=splits, captions=captions, limit=limit
+        source,
+        images_root=images_root,
+        prefix=prefix,
+        splits=splits,
+        captions=captions,
+        limit=limit,
+        read_as=read_as,
     )
     judge = PictureJudge(embedder, replace=replace, keys=LocalKeys(), refuse=guest.refuse, shared=True)
     report = run(iter(items), judge, embedder, guest, rejects=rejects, progress=progress)

@@ -1,8 +1,10 @@
 """Pictures on their way into a collection, and the account of what became of them."""
 
 import json
+import logging
 import uuid
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any, TextIO
@@ -13,6 +15,8 @@ from dclip_qdrant.errors import DclipError, UsageError
 from dclip_qdrant.pairs.readers import SourcePicture, left_out_line
 from dclip_qdrant.pictures.regions import Regions
 from dclip_qdrant.tables import storage
+
+logger = logging.getLogger(__name__)
 
 NAMESPACE = uuid.uuid5(uuid.NAMESPACE_URL, "https://github.com/dclip-qdrant")
 REASONS_KEPT = 5  # of a report: the first few, for people
@@ -74,6 +78,8 @@ class Report:
     updated: int = 0  # there already; what is said of them is new
     unchanged: int = 0
     rejected: int = 0
+    deleted: int = 0  # points of pictures that are gone
+    gone: int = 0  # ... that are still there
     reasons: list[str] = field(default_factory=list)  # the first few
     kind: str = ""  # what the source was read as, where something of it was left out
     left_out: dict[str, int] = field(default_factory=dict)  # files of the source's folder, by kind
@@ -86,6 +92,7 @@ class Report:
             "unchanged": self.unchanged,
             "rejected": self.rejected,
         }
+        counts |= {name: count for name in ("deleted", "gone") if (count := getattr(self, name))}
         return counts | ({"left_out": self.left_out} if self.left_out else {})
 
     def note_left_out(self, kind: str, counts: dict[str, int]) -> None:
@@ -95,6 +102,8 @@ class Report:
         text = f"{self.seen:,} pictures: {self.embedded:,} embedded, {self.unchanged:,} there already"
         text += f", {self.updated:,} updated" if self.updated else ""
         text += f", {self.rejected:,} rejected" if self.rejected else ""
+        text += f", {self.deleted:,} deleted" if self.deleted else ""
+        text += f"; {self.gone:,} points have no picture any more: `prune` deletes them" if self.gone else ""
         return text + (f"; {left_out_line(self.kind, self.left_out)}" if self.left_out else "")
 
     def add_rejects(self, rows: Sequence[dict[str, str]]) -> None:
@@ -120,7 +129,7 @@ class RejectsFile:
         self._file: TextIO | None = None
 
     def __enter__(self) -> "RejectsFile":
-        if self.path and storage.as_path(self.path).exists():
+        if self.path and storage.as_path(self.path).is_file():
             _check_rejects(storage.as_path(self.path))
             storage.as_path(self.path).unlink()  # of an earlier run: what is still wrong will be said again
         return self
@@ -129,14 +138,19 @@ class RejectsFile:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._file is not None:
-            self._file.close()
+            with suppress(OSError):  # said when it was written
+                self._file.close()
 
     def write(self, rows: Sequence[dict[str, str]]) -> None:
         if not self.path or not rows:
             return
-        if self._file is None:
-            path = storage.as_path(self.path)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = path.open("w")
-        self._file.writelines(json.dumps(row) + "\n" for row in rows)
-        self._file.flush()
+        try:
+            if self._file is None:
+                path = storage.as_path(self.path)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self._file = path.open("w")
+            self._file.writelines(json.dumps(row) + "\n" for row in rows)
+            self._file.flush()
+        except OSError as e:  # the pictures that are fine still go in
+            logger.warning("%s: %s; rejected pictures are not listed", self.path, e.strerror or e)
+            self.path = None

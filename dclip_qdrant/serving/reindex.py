@@ -15,6 +15,7 @@ from dclip_qdrant.serving.items import Item, Payload, Report, point_id
 from dclip_qdrant.serving.stores import Place, Store
 from dclip_qdrant.serving.student import Student
 
+EMBEDDED = ("content_hash", "caption", "boxes")  # of a payload: what vectors follow from
 VERSION_LENGTH = 8  # hex digits of a student's fingerprint behind a collection's name
 
 
@@ -44,8 +45,9 @@ def reindex(
     rejects: str | None = None,
     progress: Progress = lambda report: None,
 ) -> tuple[Store, Report]:
-    """Fills `to` (default: `version_name`) with every point of `old`, embedded by `student`; run it again
-    after a kill, it goes on.
+    """Fills `to` (default: `version_name`) with every point of `old`, embedded by `student`. Run it again
+    after a kill, and before `promote`: it goes on, and brings over what was added, changed or deleted in
+    `old` since.
 
     Payload is carried over whole, also what isn't ours; regions are the old one's boxes, so no detector is
     needed. Pictures are read again from where they were ingested from, or from `source` (tars and Parquet
@@ -75,8 +77,26 @@ def reindex(
     if source:
         points = _points_of_source(old_store, source, images_root, prefix)
     embedder = Embedder(student, context=context, threads=threads)
-    items = _items(points, new_store)
-    return new_store, run(items, _judge, embedder, new_store, rejects=rejects, progress=progress)
+    items = _items(points, new_store, student)
+    report = run(items, _judge, embedder, new_store, rejects=rejects, progress=progress)
+    if new_store.metadata()[META].get("replaces") == old and name not in place.aliases().values():
+        report.deleted = _drop_deleted(old_store, new_store)
+    return new_store, report
+
+
+def _drop_deleted(old: Store, new: Store) -> int:
+    """Deletes what the old collection no longer has from the new one, which came from it alone and which no
+    alias means yet; how many there were."""
+    ids = [point.id for point in new.scroll()]
+    count = 0
+    for start in range(0, len(ids), WINDOW):
+        some = ids[start : start + WINDOW]
+        there = old.payloads(some, ["key"])
+        lost = [i for i in some if i not in there]
+        if lost:
+            new.delete(lost)
+            count += len(lost)
+    return count
 
 
 OldPoint = tuple[str, Payload, SourcePicture | None]  # id, payload, the source's picture
@@ -99,17 +119,26 @@ def _points_of_source(store: Store, source: str, images_root: str | None, prefix
     yield from ((p.id, p.payload, None) for p in store.scroll() if p.id not in met)
 
 
-def _items(points: Iterator[OldPoint], new_store: Store) -> Iterator[Item]:
-    """The old points on their way; what the new collection has came from the same payload and picture."""
+def _items(points: Iterator[OldPoint], new_store: Store, student: Student) -> Iterator[Item]:
+    """The old points on their way."""
     while window := list(islice(points, WINDOW)):
-        there = new_store.payloads([point for point, _, _ in window], ["content_hash"])
+        there = new_store.payloads([point for point, _, _ in window], None)
         for point, payload, picture in window:
-            yield _item(point, payload, picture, unchanged=point in there)
+            yield _item(point, payload, picture, there.get(point), student)
 
 
-def _item(point: str, payload: Payload, picture: SourcePicture | None, *, unchanged: bool) -> Item:
+def _item(
+    point: str, payload: Payload, picture: SourcePicture | None, there: Payload | None, student: Student
+) -> Item:
+    """An old point; what the new collection has of it already (`there`) is brought up to date without
+    embedding, unless its vectors follow from something else by now."""
     key, uri = str(payload.get("key") or point), str(payload.get("uri") or "")
-    item = Item(picture or SourcePicture(key, uri, []), key, point, carried=payload, unchanged=unchanged)
+    item = Item(picture or SourcePicture(key, uri, []), key, point, carried=payload)
+    wanted = payload | {"student": student.model_name}
+    if there == wanted:
+        item.unchanged = True
+    elif there is not None and all(there.get(name) == payload.get(name) for name in EMBEDDED):
+        item.renewed = wanted
     if not uri or "content_hash" not in payload:
         came = "no uri or content_hash in its payload"
         item.error = InputError(

@@ -1,5 +1,6 @@
 """Queries: text or picture in, hits out, with the region that matched."""
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -64,15 +65,21 @@ def parse_filter(text: str) -> Condition:
             return Condition(key, op, (float(value),))
         except ValueError:
             raise UsageError("`where`", repr(text), f"a number after {op}") from None
-    return Condition(key, op, (value,) if op == "~" else tuple(_value(v) for v in value.split("|")))
+    return Condition(
+        key, op, (value,) if op == "~" else tuple(v for t in value.split("|") for v in _values(t))
+    )
 
 
-def _value(text: str) -> Any:
-    if re.fullmatch(r"-?\d+", text):
-        return int(text)
+def _values(text: str) -> tuple[Any, ...]:
+    """What may be stored where a person writes `text`: CSV files and apps keep years, codes and yes or no as
+    numbers or as words. In quotation marks it is a word."""
+    if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'":
+        return (text[1:-1],)
+    if re.fullmatch(r"-?(0|[1-9]\d*)", text):
+        return (int(text), text)
     if re.fullmatch(r"-?\d+\.\d+", text):
-        return float(text)
-    return {"true": True, "false": False}.get(text, text.strip("\"'"))
+        return (float(text), text)
+    return ({"true": True, "false": False}[text], text) if text in ("true", "false") else (text,)
 
 
 @dataclass(frozen=True)
@@ -84,6 +91,12 @@ class Fusion:
     bm25: float = 1.0
     regions: float = 0.0
     k: int = 60  # of reciprocal rank fusion
+
+    def __post_init__(self) -> None:
+        weights = (self.dense, self.bm25, self.regions)
+        if not all(math.isfinite(w) and w >= 0 for w in weights) or not any(weights):
+            came = ",".join(f"{w:g}" for w in weights)
+            raise UsageError("`weights`", came, "numbers of 0 and more, one of them above 0")
 
     @classmethod
     def of(cls, metadata: dict[str, Any]) -> "Fusion":

@@ -55,6 +55,72 @@ def test_sixteen_bit_grey_is_scaled_not_clipped():
     assert out.getpixel((0, 0)) == (255, 255, 255)
 
 
+@pytest.mark.parametrize(("white", "byte_order"), [(0, "<"), (1, "<"), (1, ">")])
+def test_sixteen_bit_grey_of_a_tiff_is_what_its_eight_bit_twin_is(white, byte_order):
+    ramp = np.arange(0, 256, 8, dtype=np.uint8).reshape(4, 8)
+    stored = ramp.astype(np.uint16) * 257
+    data = tiff(stored if white else 65535 - stored, bits=16, photometric=white, byte_order=byte_order)
+    np.testing.assert_array_equal(np.asarray(images.open_rgb(data, "x"))[..., 0], ramp)
+
+
+@pytest.mark.parametrize(("kind", "sample"), [(np.int32, 2), (np.uint32, 1), (np.float32, 3)])
+def test_grey_whose_white_nobody_says_is_rejected(kind, sample):
+    data = tiff(np.arange(32, dtype=kind).reshape(4, 8), bits=32, photometric=1, sample=sample)
+    with pytest.raises(ImageError, match="^x: greyscale of 32 bits.*8 or 16 bits -> save it anew"):
+        images.open_rgb(data, "x")
+
+
+def tiff(values, *, bits, photometric, byte_order="<", sample=1):
+    """A TIFF of one strip, written by hand (TIFF 6.0, sections 2 to 4)."""
+    height, width = values.shape
+    strip = values.astype(values.dtype.newbyteorder(byte_order)).tobytes()
+    tags = {
+        256: width,
+        257: height,
+        258: bits,
+        259: 1,
+        262: photometric,
+        273: 8,  # where the strip begins
+        277: 1,
+        278: height,
+        279: len(strip),
+        339: sample,
+    }
+    entries = b"".join(struct.pack(byte_order + "HHII", tag, 4, 1, value) for tag, value in tags.items())
+    head = (b"II" if byte_order == "<" else b"MM") + struct.pack(byte_order + "HI", 42, 8 + len(strip))
+    return (
+        head + strip + struct.pack(byte_order + "H", len(tags)) + entries + struct.pack(byte_order + "I", 0)
+    )
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "HEIC, a phone's format"),
+        (b"\0\0\0\x0cJXL \r\n\x87\n", "JPEG XL"),
+        (b"\0\0\0\x0cjP  \r\n\x87\n", "JPEG 2000"),
+        (b"%PDF-1.7\n", "a PDF"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "a Git LFS pointer"),
+        (b"<!DOCTYPE html>", "text"),
+    ],
+)
+def test_what_is_no_picture_says_what_it_looks_like(data, says):
+    with pytest.raises(ImageError, match=f"it looks like {says}"):
+        images.open_rgb(data, "x")
+
+
+def test_a_tiff_that_pillow_does_not_read_is_said_to_be_one():
+    data = tiff(np.zeros((4, 8), np.uint16), bits=16, photometric=0, byte_order=">")
+    with pytest.raises(ImageError, match="a TIFF of a kind that Pillow doesn't read"):
+        images.open_rgb(data, "x")
+
+
+def test_the_headers_size_needs_no_decoding(corner):
+    data = encoded(corner, "PNG")
+    assert images.pixels(data) == images.pixels(data[:60]) == 40 * 20
+    assert images.pixels(b"no picture") == 0
+
+
 def test_palette_with_alpha_is_laid_on_white(corner):
     rgba = corner.convert("RGBA")
     rgba.putalpha(Image.fromarray(np.where(np.arange(40)[None] < 20, 255, 0).astype(np.uint8).repeat(20, 0)))

@@ -5,7 +5,9 @@ import asyncio
 import base64
 import io
 import json
+import textwrap
 import threading
+import urllib.parse
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
@@ -97,6 +99,35 @@ def test_openai_shape(client, student):
         np.frombuffer(base64.b64decode(packed), "<f4"), student.embed_texts(["a cat"])[0], atol=1e-5
     )
     assert client.get("/v1/models").json()["data"][0]["id"] == student.model_name
+
+
+def test_openais_clients_as_they_are(client):
+    """LiteLLM sends null for what nobody set; LangChain sends a thousand texts, or token ids."""
+    ask = lambda **body: client.post("/v1/embeddings", json={"model": "dclip/tiny", "input": ["a"]} | body)
+    plain = ask().json()["data"]
+    answer = ask(encoding_format=None, dimensions=None, user=None)
+    assert (answer.status_code, answer.json()["data"]) == (200, plain)
+    assert len(ask(input=[f"text {i}" for i in range(1000)]).json()["data"]) == 1000
+    assert ask(input=["a"] * 2049).status_code == 413
+    for ids in ([[64, 3290]], [64, 3290]):
+        answer = ask(input=ids)
+        assert answer.status_code == 400
+        assert "token ids" in answer.json()["error"]["message"]
+        assert "check_embedding_ctx_length=False" in answer.json()["error"]["message"]
+
+
+def test_pictures_as_apps_encode_them(client):
+    """URIs may be percent-encoded, base64 may be of the URL alphabet, lines may be broken."""
+    raw = next(data for data in (png((w, 9)) for w in range(1, 200)) if {*"+/"} < {*b64(data)})
+    vector = lambda text: client.post("/inference", json=one(text, "image")).json()["embeddings"][0]
+    wanted = vector(b64(raw))
+    for text in (
+        base64.urlsafe_b64encode(raw).decode(),
+        "data:image/png;base64," + urllib.parse.quote(b64(raw), safe=""),
+        "data:image/png;charset=utf-8;base64," + b64(raw),
+        "\n".join(textwrap.wrap(b64(raw), 76)),
+    ):
+        assert vector(text) == wanted
 
 
 bomb = io.BytesIO()

@@ -274,16 +274,6 @@ def test_edge_keeps_everything_over_a_restart_and_int8_finds_the_same(tmp_path):
     again.close()
 
 
-def test_a_server_that_is_away_is_one_clear_line(monkeypatch):
-    import dclip_qdrant.serving.stores.qdrant_connection as module
-
-    monkeypatch.setattr(module.time, "sleep", lambda s: None)
-    store = open_store("c", url="http://127.0.0.1:9")
-    with pytest.raises(StoreError, match="no answer.*check `url`") as e:
-        store.count()
-    assert "\n" not in str(e.value)
-
-
 def test_one_of_url_and_edge(tmp_path):
     with pytest.raises(UsageError, match="neither"):
         open_store("c")
@@ -349,56 +339,6 @@ def test_an_older_server_gets_sparse_bm25(monkeypatch):
     assert len(old.query(both)) == 10
     for s in (new, old):
         s.close()
-
-
-@pytest.mark.parametrize(
-    ("url", "wanted"),
-    [
-        ("http://h:6333", {"url": "http://h:6333"}),
-        ("grpc://h", {"host": "h", "port": 6333, "grpc_port": 6334, "prefer_grpc": True, "https": False}),
-        (
-            "grpcs://h.example:7000/",
-            {"host": "h.example", "port": 6333, "grpc_port": 7000, "prefer_grpc": True, "https": True},
-        ),
-    ],
-)
-def test_addresses(url, wanted):
-    from dclip_qdrant.serving.stores.qdrant_connection import client_address
-
-    assert client_address(url) == wanted
-
-
-def test_grpc_answers_become_our_errors(monkeypatch):
-    import grpc
-
-    from dclip_qdrant.serving.stores import qdrant_connection
-
-    class Said(grpc.RpcError):
-        def __init__(self, code):
-            self._code = code
-
-        def code(self):
-            return self._code
-
-        def details(self):
-            return "the reason"
-
-    monkeypatch.setattr(qdrant_connection.time, "sleep", lambda s: None)
-    server, tries = place(url=":memory:"), []
-
-    def refuse(code):
-        def call():
-            tries.append(code)
-            raise Said(code)
-
-        return call
-
-    with pytest.raises(PointError, match="INVALID_ARGUMENT: the reason"):
-        server.connection.call(refuse(grpc.StatusCode.INVALID_ARGUMENT))
-    assert len(tries) == 1
-    with pytest.raises(StoreError, match="UNAVAILABLE"):
-        server.connection.call(refuse(grpc.StatusCode.UNAVAILABLE))
-    assert len(tries) == 1 + qdrant_connection.TRIES
 
 
 def test_an_older_servers_metadata_stands_aside_and_follows_aliases(monkeypatch):

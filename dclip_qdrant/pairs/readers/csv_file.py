@@ -63,6 +63,11 @@ def read_csv(path: UPath, root: UPath) -> Iterator[SourcePicture]:
     yield from pictures_of(lambda: _rows(path, header, numbers), root)
 
 
+def picture_column(path: UPath) -> str:
+    """The column that names pictures. Raises InputError: there is none."""
+    return _header(path).image
+
+
 def _header(path: UPath) -> Header:
     lines = text_lines(path)
     skipped = 0

@@ -2,13 +2,14 @@
 
 import re
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 
 from upath import UPath
 
-from dclip_qdrant.errors import UsageError
-from dclip_qdrant.pairs.readers.csv_file import read_csv
+from dclip_qdrant.errors import InputError, UsageError
+from dclip_qdrant.pairs.readers.csv_file import picture_column, read_csv
 from dclip_qdrant.pairs.readers.flickr_token import read_token
 from dclip_qdrant.pairs.readers.folder import has_captions_beside, read_folder
 from dclip_qdrant.pairs.readers.json_file import read_json, read_json_lines
@@ -110,9 +111,12 @@ class Layout:
         return path.rpartition(".")[0] if self.kind in ARCHIVES else path.rpartition("/")[0]
 
 
-def open_source(source: str, *, images_root: str | None = None, captions: bool = True) -> Layout:
+def open_source(
+    source: str, *, images_root: str | None = None, captions: bool = True, read_as: str | None = None
+) -> Layout:
     """A folder is read by what lies in it: a captions file, tar shards, Parquet files, pictures with text
-    files beside them, or (with captions=False, as ingestion asks) just pictures.
+    files beside them, or (with captions=False, as ingestion asks) just pictures. `read_as`: one of READERS
+    instead.
 
     Raises:
         UsageError: nothing there, or nothing that a reader knows.
@@ -122,9 +126,11 @@ def open_source(source: str, *, images_root: str | None = None, captions: bool =
     if root is not None and not root.is_dir():
         raise UsageError("`images_root`", f"no folder {images_root}")
     if path.is_dir():
-        kind, files = _of_folder(path, captions)
+        kind, files = _of_folder(path, captions) if read_as is None else _of_folder_as(path, read_as)
     elif path.exists():
-        kind, files = _kind_of_file(path), [path]
+        kind, files = read_as or _kind_of_file(path), [path]
+        if kind == "folder":
+            raise UsageError("`read_as`", f"folder for the file {source}", "the kind of a file")
     else:
         expected = "a folder, or a CSV, TSV, JSONL, JSON, token, tar or Parquet file"
         raise UsageError(source, "no such file or folder", expected)
@@ -136,7 +142,7 @@ def open_source(source: str, *, images_root: str | None = None, captions: bool =
 
 
 def _of_folder(path: UPath, captions: bool) -> tuple[str, list[UPath]]:
-    named = _captions_file(path)
+    named = _captions_file(path, any_columns=captions)
     if named is not None:
         return _kind_of_file(named), [named]
     tokens = sorted((*path.glob("*.token"), *path.glob("*.token.txt")), key=str)
@@ -146,7 +152,7 @@ def _of_folder(path: UPath, captions: bool) -> tuple[str, list[UPath]]:
     archives = _archives(path, below=captions)
     if archives is not None:
         return archives
-    below = [file for folder in _subfolders(path) if (file := _captions_file(folder)) is not None]
+    below = [file for folder in _subfolders(path) if (file := _captions_file(folder, any_columns=captions))]
     if below:
         kinds = {_kind_of_file(file) for file in below}
         if len(kinds) == 1:
@@ -170,8 +176,44 @@ def _of_folder(path: UPath, captions: bool) -> tuple[str, list[UPath]]:
     raise UsageError(path, came, "one of " + ", ".join(CAPTION_FILES), do)
 
 
-def _captions_file(folder: UPath) -> UPath | None:
-    return next((folder / name for name in CAPTION_FILES if (folder / name).is_file()), None)
+def _of_folder_as(path: UPath, kind: str) -> tuple[str, list[UPath]]:
+    """The files of one kind in a folder; of captions files the one with a usual name, or the only one.
+
+    Raises:
+        UsageError: none, or several.
+    """
+    if kind not in READERS:
+        raise UsageError("`read_as`", repr(kind), ", ".join(READERS))
+    if kind == "folder":
+        return kind, [path]
+    suffixes = [suffix for suffix, own in KIND_OF_SUFFIX.items() if own == kind]
+    for pattern in ("*", "**/*") if kind in ARCHIVES else ("*",):
+        files = [file for suffix in suffixes for file in _shards(path, pattern + suffix)]
+        usual = [file for file in files if file.name in CAPTION_FILES]
+        files = files if kind in ARCHIVES else usual[:1] or files
+        if files and (kind in ARCHIVES or len(files) == 1):
+            return kind, files
+    came = f"{len(files)} files of this kind" if files else f"no file ending in {' or '.join(suffixes)}"
+    raise UsageError("`read_as`", f"{kind} for {path}, with {came}", "one", "name the file itself")
+
+
+def _captions_file(folder: UPath, *, any_columns: bool = True) -> UPath | None:
+    """The captions file of a folder; without `any_columns` only one that names pictures: beside photos lie
+    tables of other things, too."""
+    for name in CAPTION_FILES:
+        with suppress(PermissionError):  # a folder that may not be entered: what is left out counts it
+            if (folder / name).is_file() and (any_columns or _names_pictures(folder / name)):
+                return folder / name
+    return None
+
+
+def _names_pictures(file: UPath) -> bool:
+    if _kind_of_file(file) != "csv":
+        return True
+    with suppress(InputError):
+        picture_column(file)
+        return True
+    return False
 
 
 def _subfolders(path: UPath) -> list[UPath]:

@@ -12,7 +12,7 @@ from dclip_qdrant.pictures.images import SUFFIXES
 from dclip_qdrant.tables import storage
 
 OURS = ("manifest.json", "rejects.jsonl")  # what stands beside the Parquet files of pairs
-NAMED = 3  # linked folders, by name
+NAMED = 3  # folders, by name
 
 
 class Account:
@@ -48,7 +48,8 @@ class Account:
         files = {str(file) for file in self._layout.files}
         counts: Counter[str] = Counter()
         links: list[str] = []
-        unreadable = lambda error: counts.update(["folders that can't be read"])
+        closed: list[str] = []
+        unreadable = lambda error: closed.append(os.path.relpath(error.filename, str(top)))
         for folder, folders, names in os.walk(str(top), onerror=unreadable):
             below = [os.path.join(folder, name) for name in folders]
             links += [os.path.relpath(path, str(top)) for path in below if os.path.islink(path)]
@@ -62,9 +63,13 @@ class Account:
                 stem, _, suffix = name.rpartition(".")
                 if not (suffix in SIDECARS and stem in stems):
                     counts[f".{suffix.lower()}" if stem else "without a suffix"] += 1
-        if links:
-            named = ", ".join(sorted(links)[:NAMED]) + (", ..." if len(links) > NAMED else "")
-            counts[f"linked folders, not entered ({named})"] = len(links)
+        for what, folders in (
+            ("linked folders, not entered", links),
+            ("folders that can't be read", closed),
+        ):
+            if folders:
+                named = ", ".join(sorted(folders)[:NAMED]) + (", ..." if len(folders) > NAMED else "")
+                counts[f"{what} ({named})"] = len(folders)
         return dict(counts.most_common())
 
 

@@ -3,6 +3,7 @@
 import datetime
 import decimal
 import math
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -146,4 +147,10 @@ def locate(root: UPath, name: str) -> str:
     if "://" in name or name.startswith("/"):
         return name
     here = root / name
-    return str(here if here.exists() or not (root.parent / name).exists() else root.parent / name)
+    # Macs write é as two characters in file names, the list may have it as one
+    spellings = (name, *(unicodedata.normalize(form, name) for form in ("NFC", "NFD")))
+    for spelled in dict.fromkeys(spellings):
+        for folder in (root, root.parent):
+            if (folder / spelled).exists():
+                return str(folder / spelled)
+    return str(here)

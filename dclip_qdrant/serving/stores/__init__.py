@@ -7,8 +7,16 @@ from dclip_qdrant.serving.stores.base import Condition, Place, Point, Query, Sco
 __all__ = ["Condition", "Place", "Point", "Query", "ScoredPoint", "Store", "open_store", "place"]
 
 
-def place(*, url: str | None = None, edge: str | None = None, api_key: str | None = None) -> Place:
+def place(
+    *,
+    url: str | None = None,
+    edge: str | None = None,
+    api_key: str | None = None,
+    patience: float | None = None,
+) -> Place:
     """A server (`:memory:` for tests), or a folder of embedded collections (qdrant-edge).
+
+    `patience`: seconds that a call waits for a server that is busy or away; None: two minutes.
 
     Raises:
         UsageError: both or neither. MissingExtra: qdrant-edge isn't installed.
@@ -19,7 +27,7 @@ def place(*, url: str | None = None, edge: str | None = None, api_key: str | Non
     if url is not None:
         from dclip_qdrant.serving.stores.qdrant_server import Server
 
-        return Server(url, api_key=api_key)
+        return Server(url, api_key=api_key, patience=patience)
     need("qdrant_edge", "an embedded collection (`edge`)")
     from dclip_qdrant.serving.stores.edge import Folder
 
@@ -27,7 +35,12 @@ def place(*, url: str | None = None, edge: str | None = None, api_key: str | Non
 
 
 def open_store(
-    collection: str, *, url: str | None = None, edge: str | None = None, api_key: str | None = None
+    collection: str,
+    *,
+    url: str | None = None,
+    edge: str | None = None,
+    api_key: str | None = None,
+    patience: float | None = None,
 ) -> Store:
     """One collection of a `place`; the same errors."""
-    return place(url=url, edge=edge, api_key=api_key).open(collection, alone=True)
+    return place(url=url, edge=edge, api_key=api_key, patience=patience).open(collection, alone=True)

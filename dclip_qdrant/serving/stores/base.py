@@ -1,15 +1,19 @@
 """What every engine answers to: points, queries, and the two interfaces, a collection (`Store`) and a place
 that holds collections (`Place`)."""
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 
+from dclip_qdrant.errors import UsageError
 from dclip_qdrant.serving.collection import CollectionSpec
 
 Payload = dict[str, Any]
+LONGEST_NAME = 200  # bytes; a file system takes 255, and reindex adds to it
+EXACT = 2.0**53  # up to here every whole number is a float64
 
 
 @dataclass
@@ -97,6 +101,10 @@ class Store(Protocol):
         """Replaces the payloads of these points, by id; vectors stay."""
         ...
 
+    def delete(self, ids: list[str]) -> None:
+        """Points that aren't there are deleted already."""
+        ...
+
     def query(self, query: Query) -> list[ScoredPoint]: ...
 
     def facet(self, key: str, limit: int) -> list[tuple[str, int]]:
@@ -134,6 +142,27 @@ class Place(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+def readings(words: str) -> tuple[str, ...]:
+    """What to match for these words: Han characters alone may be Chinese or Japanese, which engines cut into
+    words each in its way. They take text for Japanese that holds a Japanese character; this one is a
+    separator and no word."""
+    only_han = re.fullmatch(r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\s]+", words)
+    return (words, words + "\u30fb") if only_han else (words,)
+
+
+def check_name(collection: str) -> None:
+    """Raises UsageError for what can't be a collection's name: a path, a name with control characters, one
+    longer than file systems and servers take."""
+    if (
+        collection in ("", ".", "..")
+        or re.search(r'[/\\<>:"|?*\x00-\x1f\x7f]', collection)
+        or len(collection.encode()) > LONGEST_NAME
+    ):
+        shown = repr(collection if len(collection) <= 40 else collection[:40] + "...")
+        expected = f'a name of at most {LONGEST_NAME} bytes without / \\ < > : " | ? * and line breaks'
+        raise UsageError("`collection`", shown, expected)
 
 
 def pick(payload: Payload, keys: list[str] | None) -> Payload:

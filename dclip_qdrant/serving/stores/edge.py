@@ -11,18 +11,22 @@ from typing import Any
 import numpy as np
 import qdrant_edge as E
 
-from dclip_qdrant.errors import PointError, StoreError
-from dclip_qdrant.serving.collection import CollectionSpec, VectorSpec
+from dclip_qdrant.errors import PointError, StoreError, UsageError
+from dclip_qdrant.serving.collection import CollectionSpec, TextSpec, VectorSpec
 from dclip_qdrant.serving.stores.base import (
+    EXACT,
     Condition,
     Payload,
     Point,
     Query,
     ScoredPoint,
     Widths,
+    check_name,
     pick,
+    readings,
     stored_vectors,
 )
+from dclip_qdrant.serving.stores.edge_words import words_options
 from dclip_qdrant.tables import storage
 
 ALIASES = "aliases.json"
@@ -42,6 +46,8 @@ class Folder:
 
     def __init__(self, path: str) -> None:
         self.path = storage.local_path(path, "`edge`")
+        if self.path.exists() and not self.path.is_dir():
+            raise UsageError("`edge`", f"{path} is a file", "a folder of embedded collections, or a new one")
         self.where = path
         self._open: dict[str, Edge] = {}  # a shard can be open once
 
@@ -49,10 +55,7 @@ class Folder:
         return sorted(p.parent.name for p in self.path.glob("*/collection.json"))
 
     def aliases(self) -> dict[str, str]:
-        try:
-            return json.loads((self.path / ALIASES).read_text())
-        except FileNotFoundError:
-            return {}
+        return _read_json(self.path / ALIASES)
 
     def point(self, alias: str, collection: str) -> None:
         if collection not in self.collections():
@@ -90,8 +93,7 @@ class Edge:
     keep (spec, metadata)."""
 
     def __init__(self, name: str, folder: str) -> None:
-        if not name or Path(name).name != name:
-            raise StoreError("`collection`", repr(name), "a plain name")
+        check_name(name)
         self.name, self.path = name, Path(folder) / name
         self._facts_file = self.path / "collection.json"
         self._shard: Any = None
@@ -127,21 +129,25 @@ class Edge:
 
     def create(self, spec: CollectionSpec, dim: int, metadata: dict[str, Any]) -> None:
         shard = self.path / "shard"
-        shard.mkdir(parents=True, exist_ok=True)
+        try:
+            shard.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            came = f"can't be made: {e.strerror}"
+            raise StoreError(self.path, came, "a folder that may be written", "another `edge`") from e
         threshold = spec.indexing_threshold
         vectors = {name: _vector_params(v, dim, threshold) for name, v in spec.vectors.items()}
         optimizers = E.EdgeOptimizersConfig(indexing_threshold=threshold) if threshold else None
         config = E.EdgeConfig(vectors=vectors, optimizers=optimizers)
         self._shard = self._call(lambda: E.EdgeShard.create(str(shard), config))
         for key, kind in spec.payload_indexes.items():
-            operation = E.UpdateOperation.create_field_index(key, _index_params(kind))
+            operation = E.UpdateOperation.create_field_index(key, _index_params(kind, spec.text))
             self._call(lambda operation=operation: self._shard.update(operation))
         facts = {"metadata": metadata, "dim": dim, "spec": spec.model_dump(mode="json")}
         storage.write_json(self._facts_file, facts)
 
     def _facts(self) -> dict[str, Any]:
         """What the engine itself doesn't keep."""
-        return json.loads(self._facts_file.read_text()) if self.exists() else {}
+        return _read_json(self._facts_file)
 
     def set_metadata(self, metadata: dict[str, Any]) -> None:
         storage.write_json(self._facts_file, self._facts() | {"metadata": metadata})
@@ -158,6 +164,7 @@ class Edge:
             "dim": facts["dim"],
             "vectors": facts["spec"]["vectors"],
             "payload_indexes": facts["spec"]["payload_indexes"],
+            "text": facts["spec"].get("text", {}),
             "segments": info.segments_count,
             "indexed_vectors": info.indexed_vectors_count,
         }
@@ -193,8 +200,15 @@ class Edge:
             change = E.UpdateOperation.overwrite_payload([i], payload)
             self._call(lambda change=change: shard.update(change))
 
+    def delete(self, ids: list[str]) -> None:
+        points: Any = ids
+        shard, change = self._open(), E.UpdateOperation.delete_points(points)
+        self._call(lambda: shard.update(change))
+        self._call(lambda: shard.flush())
+
     def query(self, query: Query) -> list[ScoredPoint]:
-        shard, where, widths = self._open(), _filter(query.where, query.exclude), self._widths()
+        shard, widths = self._open(), self._widths()
+        where = _filter(query.where, query.exclude, self._ids_with)
         sources = _sources(query, widths, where)
         prefetch = [
             E.Prefetch(
@@ -238,6 +252,11 @@ class Edge:
             for h in hits
         ]
 
+    def _ids_with(self, key: str, flag: bool) -> set[str]:
+        """Points that have true, or false, in a field: the engine's Python has no condition for that (it
+        takes True for 1), so the payload is looked through."""
+        return {p.id for p in self.scroll() if any(v is flag for v in _values_at(p.payload, key.split(".")))}
+
     def facet(self, key: str, limit: int) -> list[tuple[str, int]]:
         answer = self._call(lambda: self._open().facet(E.FacetRequest(key, limit=limit, exact=True)))
         return [(str(hit.value), hit.count) for hit in answer.hits]
@@ -268,6 +287,22 @@ class Edge:
         if self._shard is not None:
             self._shard.close()
             self._shard = None
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    """What one of our own files holds; nothing where there is none.
+
+    Raises:
+        StoreError: a file that was damaged, by a full disk or by hand.
+    """
+    try:
+        value = json.loads(file.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except ValueError as e:
+        do = "put back a copy of it, or move its folder away and ingest again"
+        raise StoreError(file, f"damaged ({e})", "what dclip-qdrant wrote", do) from e
+    return value
 
 
 @dataclass(frozen=True)
@@ -315,9 +350,9 @@ def _vector_params(vector: VectorSpec, dim: int, threshold: int | None) -> Any:
     )
 
 
-def _index_params(kind: str) -> Any:
+def _index_params(kind: str, text: TextSpec) -> Any:
     if kind == "bm25":
-        return E.TextIndexParams(tokenizer=E.TokenizerType.Word, scoring=E.TextScoringParams())
+        return E.TextIndexParams(scoring=E.TextScoringParams(), **words_options(text))
     return {
         "keyword": E.PayloadSchemaType.Keyword,
         "integer": E.PayloadSchemaType.Integer,
@@ -325,16 +360,21 @@ def _index_params(kind: str) -> Any:
     }[kind]
 
 
-def _filter(where: tuple[Condition, ...], exclude: tuple[str, ...]) -> Any:
+IdsWith = Callable[[str, bool], set[str]]
+
+
+def _filter(where: tuple[Condition, ...], exclude: tuple[str, ...], ids_with: IdsWith) -> Any:
     """Conditions, all of which must hold, as the engine's filter; points of `exclude` never match."""
     must, must_not = [], []
     for c in where:
         if c.op in ("=", "!="):
-            each = [_equals(c.key, value) for value in c.values]
+            each = [_equals(c.key, value, ids_with) for value in c.values]
             condition = each[0] if len(each) == 1 else E.Filter(should=each)
             (must if c.op == "=" else must_not).append(condition)
         elif c.op == "~":
-            must.append(E.FieldCondition(key=c.key, match=E.MatchText(str(c.values[0]))))
+            texts = readings(str(c.values[0]))
+            each: list[Any] = [E.FieldCondition(key=c.key, match=E.MatchText(text)) for text in texts]
+            must.append(each[0] if len(each) == 1 else E.Filter(should=each))
         else:
             bound = {BOUNDS[c.op]: float(c.values[0])}
             must.append(E.FieldCondition(key=c.key, range=E.RangeFloat(**bound)))
@@ -343,7 +383,24 @@ def _filter(where: tuple[Condition, ...], exclude: tuple[str, ...]) -> Any:
     return E.Filter(must=must or None, must_not=must_not or None) if must or must_not else None
 
 
-def _equals(key: str, value: Any) -> Any:
-    if isinstance(value, float):  # an exact match is for whole numbers, words and booleans
+def _equals(key: str, value: Any, ids_with: IdsWith) -> Any:
+    if isinstance(value, bool):
+        points: Any = ids_with(key, value)
+        return E.HasIdCondition(points)
+    # an exact match is for words and for numbers that are stored as whole ones; 10 is also 10.0
+    if isinstance(value, int | float) and abs(value) < EXACT:
         return E.FieldCondition(key=key, range=E.RangeFloat(gte=value, lte=value))
-    return E.FieldCondition(key=key, match=E.MatchValue(value))
+    whole: Any = value
+    return E.FieldCondition(key=key, match=E.MatchValue(whole))
+
+
+def _values_at(value: Any, path: list[str]) -> list[Any]:
+    """What stands at a payload key such as `a.b` or `tags[]`, lists opened."""
+    for part in path:
+        name = part.removesuffix("[]")
+        items = value if isinstance(value, list) else [value]
+        value = [item[name] for item in items if isinstance(item, dict) and name in item]
+    flat: list[Any] = []
+    for item in value if isinstance(value, list) else [value]:
+        flat += item if isinstance(item, list) else [item]
+    return flat

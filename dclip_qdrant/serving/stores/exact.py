@@ -48,6 +48,7 @@ class Exact:
             "dim": self._dim,
             "vectors": spec["vectors"],
             "payload_indexes": spec["payload_indexes"],
+            "text": spec["text"],
         }
 
     def count(self) -> int:
@@ -70,6 +71,10 @@ class Exact:
         known = self._known()
         for i, payload in payloads.items():
             known[i].payload = dict(payload)
+
+    def delete(self, ids: list[str]) -> None:
+        for i in ids:
+            self._known().pop(i, None)
 
     def query(self, query: Query) -> list[ScoredPoint]:
         matching = {

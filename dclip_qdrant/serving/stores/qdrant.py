@@ -15,13 +15,14 @@ from qdrant_client import models as m
 
 from dclip_qdrant.errors import PointError, StoreError
 from dclip_qdrant.lookup import need
-from dclip_qdrant.serving.collection import META, CollectionSpec, VectorSpec
+from dclip_qdrant.serving.collection import META, CollectionSpec, TextSpec, VectorSpec
 from dclip_qdrant.serving.stores.base import (
     Payload,
     Point,
     Query,
     ScoredPoint,
     Widths,
+    check_name,
     pick,
     rrf,
     stored_vectors,
@@ -55,6 +56,7 @@ class Qdrant:
     """One collection on a server."""
 
     def __init__(self, name: str, connection: Connection, *, alone: bool = False) -> None:
+        check_name(name)
         self.name = name
         self.connection = connection
         self.client = connection.client
@@ -104,9 +106,16 @@ class Qdrant:
             if kind == "bm25":
                 scoring = m.TextScoringParams(type=m.TextScoringType.BM25) if self._scores_text() else None
                 options: dict[str, Any] = {"scoring": scoring} if scoring else {}
-                schema = m.TextIndexParams(
-                    type=m.TextIndexType.TEXT, tokenizer=m.TokenizerType.WORD, **options
-                )
+                if spec.text.ascii_folding and self._keeps_metadata():  # both came with 1.16
+                    options["ascii_folding"] = True
+                if spec.text.language:
+                    stemmer = m.SnowballLanguage(spec.text.language)
+                    options["stemmer"] = m.SnowballParams(type=m.Snowball.SNOWBALL, language=stemmer)
+                    options["stopwords"] = m.Language(spec.text.language)
+                tokenizer = m.TokenizerType(spec.text.tokenizer)
+                if self.connection.in_memory:  # this engine has no other than its default
+                    tokenizer, options = m.TokenizerType.WORD, {"scoring": scoring}
+                schema = m.TextIndexParams(type=m.TextIndexType.TEXT, tokenizer=tokenizer, **options)
             field = names.field(key)
             with warnings.catch_warnings():
                 # the in-memory engine needs none
@@ -166,6 +175,9 @@ class Qdrant:
         stored = {k: sizes[names.vector(k)] for k in ("image", "regions") if names.vector(k) in sizes}
         return Widths(self._metadata().get(META, {}).get("dim") or stored.get("image", 0), stored)
 
+    def _text_spec(self) -> TextSpec:
+        return TextSpec(**self._metadata().get(META, {}).get("spec", {}).get("text", {}))
+
     def _has_sparse(self) -> bool:
         return SPARSE in (self._params().sparse_vectors or {})
 
@@ -181,6 +193,7 @@ class Qdrant:
             "dim": dims.get("image"),
             "vectors": spec.get("vectors", dims),
             "payload_indexes": spec.get("payload_indexes", {}),
+            "text": spec.get("text", {}),
             "segments": info.segments_count,
             "indexed_vectors": info.indexed_vectors_count,
         }
@@ -272,7 +285,7 @@ class Qdrant:
         for p in points:
             vector: dict[str, Any] = dict(widths.of(p))
             if sparse and p.payload.get("caption"):
-                vector[SPARSE] = bm25(p.payload["caption"], document=True)
+                vector[SPARSE] = bm25(p.payload["caption"], self._text_spec(), document=True)
             structs.append(m.PointStruct(id=p.id, vector=vector, payload=p.payload))
         self._call(lambda: self.client.upsert(self.name, structs, wait=True))
 
@@ -287,6 +300,10 @@ class Qdrant:
             else:
                 changes.append(m.OverwritePayloadOperation(overwrite_payload=new))
         self._call(lambda: self.client.batch_update_points(self.name, changes, wait=True))
+
+    def delete(self, ids: list[str]) -> None:
+        points: Any = m.PointIdsList(points=[sent_id(i) for i in ids])
+        self._call(lambda: self.client.delete(self.name, points, wait=True))
 
     def facet(self, key: str, limit: int) -> list[tuple[str, int]]:
         field = self._names().field(key)
@@ -370,7 +387,7 @@ class Qdrant:
             by_region = [widths.cut(query.vector, "regions")]
             sources.append(Source(by_region, regions, regions_weight, nearest))
         if query.text is not None and self._has_sparse():
-            sources.append(Source(bm25(query.text), SPARSE, text_weight))
+            sources.append(Source(bm25(query.text, self._text_spec()), SPARSE, text_weight))
         elif query.text is not None:
             text = m.TextQuery(text=m.TextQueryInput(query=query.text))
             sources.append(Source(text, names.field("caption"), text_weight))

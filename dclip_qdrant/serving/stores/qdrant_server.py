@@ -11,9 +11,16 @@ from dclip_qdrant.serving.stores.qdrant_connection import Connection
 class Server:
     """See `stores.Place`."""
 
-    def __init__(self, url: str, *, api_key: str | None = None, client: QdrantClient | None = None) -> None:
-        self.where = url
-        self.connection = Connection(url, api_key=api_key, client=client)
+    def __init__(
+        self,
+        url: str,
+        *,
+        api_key: str | None = None,
+        client: QdrantClient | None = None,
+        patience: float | None = None,
+    ) -> None:
+        self.connection = Connection(url, api_key=api_key, client=client, patience=patience)
+        self.where = self.connection.url
 
     def collections(self) -> list[str]:
         return self.connection.collections()

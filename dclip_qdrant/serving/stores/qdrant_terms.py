@@ -7,7 +7,8 @@ from typing import Any
 from qdrant_client import models as m
 
 from dclip_qdrant.lookup import need
-from dclip_qdrant.serving.stores.base import Condition, Payload
+from dclip_qdrant.serving.collection import TextSpec
+from dclip_qdrant.serving.stores.base import EXACT, Condition, Payload, readings
 
 SPARSE = "bm25"
 OWN_FIELDS = frozenset(
@@ -72,18 +73,20 @@ def sent_id(text: str) -> int | str:
     return int(text) if text.isdigit() else text
 
 
-def bm25(text: str, *, document: bool = False) -> m.SparseVector:
-    model = _bm25_model()
+def bm25(text: str, words: TextSpec, *, document: bool = False) -> m.SparseVector:
+    model = _bm25_model(words.model_dump_json())
     v = model.embed_document(text) if document else model.embed_query(text)
     return m.SparseVector(indices=list(v.indices), values=list(v.values))
 
 
 @cache
-def _bm25_model() -> Any:
+def _bm25_model(words: str) -> Any:
     need("qdrant_edge", "BM25 on an older Qdrant server")
     import qdrant_edge
 
-    return qdrant_edge.Bm25()
+    from dclip_qdrant.serving.stores.edge_words import words_options
+
+    return qdrant_edge.Bm25(qdrant_edge.Bm25Config(**words_options(TextSpec.model_validate_json(words))))
 
 
 def conditions(where: tuple[Condition, ...], exclude: tuple[str, ...]) -> m.Filter | None:
@@ -96,7 +99,9 @@ def conditions(where: tuple[Condition, ...], exclude: tuple[str, ...]) -> m.Filt
             condition = each[0] if len(each) == 1 else m.Filter(should=each)
             (must if c.op == "=" else must_not).append(condition)
         elif c.op == "~":
-            must.append(m.FieldCondition(key=c.key, match=m.MatchText(text=str(c.values[0]))))
+            texts = readings(str(c.values[0]))
+            each = [m.FieldCondition(key=c.key, match=m.MatchText(text=text)) for text in texts]
+            must.append(each[0] if len(each) == 1 else m.Filter(should=each))
         else:
             bound = {BOUNDS[c.op]: float(c.values[0])}
             must.append(m.FieldCondition(key=c.key, range=m.Range(**bound)))
@@ -106,6 +111,8 @@ def conditions(where: tuple[Condition, ...], exclude: tuple[str, ...]) -> m.Filt
 
 
 def _equals(key: str, value: Any) -> m.FieldCondition:
-    if isinstance(value, float):  # an exact match is for whole numbers, words and booleans
-        return m.FieldCondition(key=key, range=m.Range(gte=value, lte=value))
-    return m.FieldCondition(key=key, match=m.MatchValue(value=value))
+    # an exact match is for words, booleans and numbers that are stored as whole ones; 10 is also 10.0
+    if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < EXACT:
+        return m.FieldCondition(key=key, range=m.Range(gte=float(value), lte=float(value)))
+    whole: Any = value
+    return m.FieldCondition(key=key, match=m.MatchValue(value=whole))

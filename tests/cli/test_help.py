@@ -84,7 +84,7 @@ FORMER = [
 @pytest.mark.parametrize(("path", "option", "flag"), FORMER, ids=lambda value: str(value)[:40])
 def test_former_names_are_understood_and_not_shown(path, option, flag):
     command = LEAVES[path]
-    context = click.Context(command)
+    context = click.Context(command, **command.context_settings)
     values, _, _ = command.make_parser(context).parse_args([flag, "x"])
     assert values[option.name] == (["x"] if option.multiple else "x")
     assert f"{flag} " not in command.get_help(context)

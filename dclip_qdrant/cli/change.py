@@ -167,6 +167,8 @@ def reindex_command(
         old = place.aliases().get(old, old)
         to = to or version_name(old, new_student)
         rejects = rejects or f"{to}-rejects.jsonl"
+        if golden:  # what is wrong with it is said before every picture is embedded
+            load_golden(golden, place.open(old), split=split, prefix=prefix)
         bar = Progress(quiet=quiet)
         store, report = reindex(
             place,

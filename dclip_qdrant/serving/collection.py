@@ -68,7 +68,7 @@ class CollectionSpec(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     about: str = ""
     vectors: dict[Literal["image", "regions"], VectorSpec] = Field(min_length=1)
-    payload_indexes: dict[str, Literal["keyword", "integer", "float", "bm25"]] = {}
+    payload_indexes: dict[str, Literal["keyword", "integer", "float", "bool", "datetime", "bm25"]] = {}
     text: TextSpec = TextSpec()
     indexing_threshold: int | None = Field(
         None,

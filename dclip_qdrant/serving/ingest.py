@@ -230,11 +230,12 @@ class SourceItems:
 
 
 def prepare_collection(store: Store, student: Student, spec: CollectionSpec) -> None:
-    """Creates the collection, or makes sure that this student filled it. Raises MismatchError."""
-    if store.exists():
-        check_student(store.metadata(), student, store.name)
-    else:
+    """Creates the collection, or makes sure that this student filled it and that nothing of it is missing.
+    Raises MismatchError."""
+    if not store.exists():
         store.create(spec, student.dim, metadata_of(student))
+    check_student(store.metadata(), student, store.name)
+    store.complete()
 
 
 def ingest(

@@ -1,9 +1,13 @@
 """Queries: text or picture in, hits out, with the region that matched."""
 
+import datetime
+import logging
 import math
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -14,6 +18,9 @@ from dclip_qdrant.serving.collection import META, check_student
 from dclip_qdrant.serving.stores import Condition, Query, ScoredPoint, Store
 from dclip_qdrant.serving.student import Student
 
+logger = logging.getLogger(__name__)
+
+LOOKED_AT = 256  # pictures, when nothing was found under a filter
 MODES = ("dense", "regions", "hybrid")
 SHOWN = ("key", "uri", "caption", "labels", "width", "height")  # of a payload, in a hit's row
 
@@ -40,9 +47,9 @@ class Hit:
         return self.payload["labels"][self.region] if self.region is not None else None
 
     def row(self) -> dict[str, Any]:
-        """For JSON: what a caller can't look up without the collection."""
+        """For JSON: what people look at first, then the whole payload."""
         shown = {key: self.payload.get(key) for key in SHOWN}
-        row = {"id": self.id, "score": self.score, **shown}
+        row = {"id": self.id, "score": self.score, **shown, "payload": self.payload}
         if self.region is not None:
             row["region"] = {"box": self.box, "label": self.label}
         if self.ranks is not None:
@@ -51,7 +58,8 @@ class Hit:
 
 
 def parse_filter(text: str) -> Condition:
-    """`label=dog`, `labels=dog|cat` (any), `labels!=cat`, `caption~red ball` (all words), `width>=640`.
+    """`label=dog`, `labels=dog|cat` (any), `labels!=cat`, `caption~red ball` (all words), `width>=640`,
+    `taken<2024-07-01` (a date or a time as ISO 8601 has it).
 
     Raises:
         UsageError: anything else.
@@ -61,13 +69,19 @@ def parse_filter(text: str) -> Condition:
         raise UsageError("`where`", repr(text), "key=value, key=a|b, key!=value, key~words, key>=number")
     key, op, value = m.groups()
     if op in (">=", "<=", ">", "<"):
-        try:
-            return Condition(key, op, (float(value),))
-        except ValueError:
-            raise UsageError("`where`", repr(text), f"a number after {op}") from None
+        return Condition(key, op, (_bound(value, text, op),))
     return Condition(
         key, op, (value,) if op == "~" else tuple(v for t in value.split("|") for v in _values(t))
     )
+
+
+def _bound(value: str, text: str, op: str) -> float | datetime.datetime:
+    with suppress(ValueError):
+        return float(value)
+    with suppress(ValueError):
+        date = datetime.datetime.fromisoformat(value)
+        return date if date.tzinfo else date.replace(tzinfo=datetime.UTC)
+    raise UsageError("`where`", repr(text), f"a number or a date such as 2024-07-31 after {op}")
 
 
 def _values(text: str) -> tuple[Any, ...]:
@@ -162,6 +176,8 @@ def search(
         points = _diverse_points(store, query, diversity)
     else:
         points = store.query(query)
+    if not points:
+        _say_what_filters_miss(store, query.where)
     if query.with_regions and points and not any(_has_regions(point) for point in points):
         # the order would be the dense one under another name
         came = f"{store.name} has no regions: the pictures found were ingested whole"
@@ -173,6 +189,20 @@ def search(
         region = _best_region(point.regions, vector)
         hits.append(Hit(point.id, point.score, point.payload, region, ranks))
     return hits
+
+
+def _say_what_filters_miss(store: Store, where: Sequence[Condition]) -> None:
+    """Warns of filters on a field that no picture has: a typo finds nothing, too."""
+    if not where:
+        return
+    payloads = [point.payload for point in islice(store.scroll(), LOOKED_AT)]
+    fields = {name for payload in payloads for name, value in payload.items() if value not in (None, [], "")}
+    for name in {re.split(r"[.\[]", c.key)[0] for c in where} - fields:
+        came = f"{store.name}: none of its first {len(payloads):,} pictures has {name!r}"
+        if name in ("labels", "boxes", "scores"):
+            logger.warning("%s: regions are found by a detector (ingest again with one)", came)
+        elif payloads:
+            logger.warning("%s; they have %s", came, ", ".join(sorted(fields)))
 
 
 def _check(text: str | None, image: images.Picture | None, mode: str, limit: int, diversity: float) -> None:

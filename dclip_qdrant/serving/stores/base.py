@@ -79,6 +79,10 @@ class Store(Protocol):
 
     def create(self, spec: CollectionSpec, dim: int, metadata: dict[str, Any]) -> None: ...
 
+    def complete(self) -> None:
+        """Makes what `create` left undone when it was killed."""
+        ...
+
     def metadata(self) -> dict[str, Any]: ...
 
     def set_metadata(self, metadata: dict[str, Any]) -> None:

@@ -2,9 +2,12 @@
 given."""
 
 import json
+import logging
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,8 @@ from dclip_qdrant.serving.stores.base import (
 )
 from dclip_qdrant.serving.stores.edge_words import words_options
 from dclip_qdrant.tables import storage
+
+logger = logging.getLogger(__name__)
 
 ALIASES = "aliases.json"
 PAGE = 256  # points a scroll
@@ -103,6 +108,9 @@ class Edge:
 
     def _open(self) -> Any:
         if self._shard is None:
+            if not self.path.parent.is_dir():
+                came = "no such folder"
+                raise StoreError(self.path.parent, came, "a folder of embedded collections", "check `edge`")
             if not self.exists():
                 there = sorted(p.parent.name for p in self.path.parent.glob("*/collection.json"))
                 raise StoreError(
@@ -130,7 +138,9 @@ class Edge:
     def create(self, spec: CollectionSpec, dim: int, metadata: dict[str, Any]) -> None:
         shard = self.path / "shard"
         try:
-            shard.mkdir(parents=True, exist_ok=True)
+            if shard.exists():
+                _put_aside(shard)
+            shard.mkdir(parents=True)
         except OSError as e:
             came = f"can't be made: {e.strerror}"
             raise StoreError(self.path, came, "a folder that may be written", "another `edge`") from e
@@ -148,6 +158,9 @@ class Edge:
     def _facts(self) -> dict[str, Any]:
         """What the engine itself doesn't keep."""
         return _read_json(self._facts_file)
+
+    def complete(self) -> None:
+        """Nothing is missing: `collection.json` is written last."""
 
     def set_metadata(self, metadata: dict[str, Any]) -> None:
         storage.write_json(self._facts_file, self._facts() | {"metadata": metadata})
@@ -289,6 +302,23 @@ class Edge:
             self._shard = None
 
 
+def _put_aside(shard: Path) -> None:
+    """What a run left that was killed before it had made its collection. It holds no points; one that does is
+    somebody's, and is kept under another name."""
+    try:
+        left_over = E.EdgeShard.load(str(shard))
+        points = left_over.count(E.CountRequest(exact=True, filter=None))
+        left_over.close()
+    except Exception:  # the engine raises bare Exception; it may have been killed at any moment
+        points = None
+    if points == 0 or not any(shard.iterdir()):
+        shutil.rmtree(shard)
+        return
+    kept = shard.with_name(f"{shard.name}-{time.time_ns()}")
+    shard.rename(kept)
+    logger.warning("%s: half made, without collection.json; kept as %s", shard.parent, kept.name)
+
+
 def _read_json(file: Path) -> dict[str, Any]:
     """What one of our own files holds; nothing where there is none.
 
@@ -357,6 +387,8 @@ def _index_params(kind: str, text: TextSpec) -> Any:
         "keyword": E.PayloadSchemaType.Keyword,
         "integer": E.PayloadSchemaType.Integer,
         "float": E.PayloadSchemaType.Float,
+        "datetime": E.PayloadSchemaType.Datetime,
+        "bool": E.PayloadSchemaType.Bool,
     }[kind]
 
 
@@ -375,6 +407,9 @@ def _filter(where: tuple[Condition, ...], exclude: tuple[str, ...], ids_with: Id
             texts = readings(str(c.values[0]))
             each: list[Any] = [E.FieldCondition(key=c.key, match=E.MatchText(text)) for text in texts]
             must.append(each[0] if len(each) == 1 else E.Filter(should=each))
+        elif isinstance(c.values[0], datetime):
+            until = E.RangeDateTime(**{BOUNDS[c.op]: c.values[0].isoformat()})
+            must.append(E.FieldCondition(key=c.key, range=until))
         else:
             bound = {BOUNDS[c.op]: float(c.values[0])}
             must.append(E.FieldCondition(key=c.key, range=E.RangeFloat(**bound)))
@@ -394,13 +429,12 @@ def _equals(key: str, value: Any, ids_with: IdsWith) -> Any:
     return E.FieldCondition(key=key, match=E.MatchValue(whole))
 
 
-def _values_at(value: Any, path: list[str]) -> list[Any]:
-    """What stands at a payload key such as `a.b` or `tags[]`, lists opened."""
+def _values_at(payload: Payload, path: list[str]) -> list[Any]:
+    """What stands at a payload key such as `a.b` or `a[].b`; of a list at its end, each item."""
+    values: list[Any] = [payload]
     for part in path:
-        name = part.removesuffix("[]")
-        items = value if isinstance(value, list) else [value]
-        value = [item[name] for item in items if isinstance(item, dict) and name in item]
-    flat: list[Any] = []
-    for item in value if isinstance(value, list) else [value]:
-        flat += item if isinstance(item, list) else [item]
-    return flat
+        name, opened, _ = part.partition("[]")
+        values = [value[name] for value in values if isinstance(value, dict) and name in value]
+        if opened:
+            values = [item for value in values if isinstance(value, list) for item in value]
+    return [item for value in values for item in (value if isinstance(value, list) else [value])]

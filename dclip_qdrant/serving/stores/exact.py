@@ -34,6 +34,9 @@ class Exact:
     def create(self, spec: CollectionSpec, dim: int, metadata: dict[str, Any]) -> None:
         self._points, self._spec, self._metadata, self._dim = {}, spec, metadata, dim
 
+    def complete(self) -> None:
+        """Nothing is missing."""
+
     def metadata(self) -> dict[str, Any]:
         return self._metadata
 

@@ -85,9 +85,24 @@ class Qdrant:
         else:
             self.connection.set_metadata_aside(self.name, metadata)
         vectors = {name: _vector_params(v, dim, threshold) for name, v in spec.vectors.items()}
-        self._call(lambda: self.client.create_collection(self.name, vectors_config=vectors, **options))
+        try:
+            self._call(lambda: self.client.create_collection(self.name, vectors_config=vectors, **options))
+        except StoreError as e:
+            if not e.came.startswith(("HTTP 409", "ALREADY_EXISTS")):
+                raise
+            # another run made it at the same moment; whoever asks looks at who it was
         self._info = None
         self._index(spec, Names())
+
+    def complete(self) -> None:
+        spec = self._metadata().get(META, {}).get("spec")
+        names, there = self._names(), self._info.payload_schema
+        if spec is None or names.mark:
+            return
+        wish = CollectionSpec(**spec)
+        missing = {key: kind for key, kind in wish.payload_indexes.items() if names.field(key) not in there}
+        if missing and not self.connection.in_memory:
+            self._index(wish.model_copy(update={"payload_indexes": missing}), names)
 
     def _scores_text(self) -> bool:
         return self.connection.version() >= TEXT_SCORING
@@ -100,6 +115,8 @@ class Qdrant:
             "keyword": m.PayloadSchemaType.KEYWORD,
             "integer": m.PayloadSchemaType.INTEGER,
             "float": m.PayloadSchemaType.FLOAT,
+            "bool": m.PayloadSchemaType.BOOL,
+            "datetime": m.PayloadSchemaType.DATETIME,
         }
         for key, kind in spec.payload_indexes.items():
             schema: Any = kinds.get(kind)
@@ -200,7 +217,12 @@ class Qdrant:
 
     def count(self) -> int:
         self._known()
-        return self._call(lambda: self.client.count(self.name, exact=True)).count
+        try:
+            return self._call(lambda: self.client.count(self.name, exact=True)).count
+        except (PointError, StoreError) as e:  # strict mode may forbid it: `search_allow_exact`
+            if "exact" not in e.came.lower():
+                raise
+            return self._call(lambda: self.client.count(self.name, exact=False)).count
 
     # --- as a guest in a collection that was there before us
 
@@ -333,6 +355,7 @@ class Qdrant:
 
     def query(self, query: Query) -> list[ScoredPoint]:
         widths, names = self._widths(), self._names()
+        query = replace(query, candidates=self._allowed(query))
         where = conditions(tuple(replace(c, key=names.field(c.key)) for c in query.where), query.exclude)
         sources = self._sources(query, widths, names, where)
         if len(sources) > 1 and self.connection.version() < WEIGHTED_RRF:
@@ -374,6 +397,12 @@ class Qdrant:
             self._known()  # says it better where the collection has gone
             raise
         return [_scored(p, float(p.score), names) for p in answer.points]
+
+    def _allowed(self, query: Query) -> int:
+        """How many candidates the collection's strict mode lets a query have."""
+        strict = self._info.config.strict_mode_config
+        most = strict.max_query_limit if strict is not None and strict.enabled else None
+        return query.candidates if most is None else max(query.limit, min(query.candidates, most))
 
     def _sources(self, query: Query, widths: Widths, names: Names, where: m.Filter | None) -> list[Source]:
         """What the query fuses: sources with a weight."""

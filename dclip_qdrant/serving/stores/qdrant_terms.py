@@ -1,6 +1,7 @@
 """What requests to Qdrant are made of: names, filters, sparse words, quantisers."""
 
 from dataclasses import dataclass
+from datetime import datetime
 from functools import cache
 from typing import Any
 
@@ -103,8 +104,9 @@ def conditions(where: tuple[Condition, ...], exclude: tuple[str, ...]) -> m.Filt
             each = [m.FieldCondition(key=c.key, match=m.MatchText(text=text)) for text in texts]
             must.append(each[0] if len(each) == 1 else m.Filter(should=each))
         else:
-            bound = {BOUNDS[c.op]: float(c.values[0])}
-            must.append(m.FieldCondition(key=c.key, range=m.Range(**bound)))
+            bound: dict[str, Any] = {BOUNDS[c.op]: c.values[0]}
+            among = m.DatetimeRange if isinstance(c.values[0], datetime) else m.Range
+            must.append(m.FieldCondition(key=c.key, range=among(**bound)))
     if exclude:
         must_not.append(m.HasIdCondition(has_id=[sent_id(i) for i in exclude]))
     return m.Filter(must=must or None, must_not=must_not or None) if must or must_not else None

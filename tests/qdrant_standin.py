@@ -219,6 +219,11 @@ ROUTES = (
     ("POST", COLLECTION + "/points", _retrieve),
     ("POST", COLLECTION + "/points/query", _query),
     ("POST", COLLECTION + "/points/scroll", _scroll),
+    (
+        "POST",
+        COLLECTION + "/points/delete",
+        lambda s, n, b: s.engine.delete(n, models.PointIdsList(points=b["points"])),
+    ),
     ("POST", COLLECTION + "/points/count", lambda s, n, b: s.engine.count(n)),
     ("POST", COLLECTION + "/points/batch", _batch),
     ("POST", COLLECTION + "/facet", _facet),

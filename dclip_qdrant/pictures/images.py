@@ -200,6 +200,8 @@ def read(path: str | Path) -> bytes:
             return f.read()
     except OSError as e:
         raise ImageError(path, f"can't be read: {e.strerror or e}") from e
+    except ValueError as e:  # a NUL in the name
+        raise ImageError(repr(str(path))[:200], f"can't be read: {e}") from e
 
 
 def _fetched(uri: str) -> bytes:

@@ -12,10 +12,11 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from dclip_qdrant.errors import InputError
+from dclip_qdrant.errors import ImageError, InputError
 from dclip_qdrant.pairs import Pairs
 from dclip_qdrant.pairs.build import build
 from dclip_qdrant.pairs.readers import open_source, read_any
+from dclip_qdrant.pictures import images
 
 
 def jpg(i: int) -> bytes:
@@ -429,3 +430,32 @@ def test_system_folders_of_a_bucket_are_passed_over_too():
         (top / name).write_bytes(jpg(1))
     keys = [p.key for p in open_source(str(top), captions=False).pictures()]
     assert sorted(keys) == ["a.png", "trip/b.png"]
+
+
+def test_numbers_that_no_payload_holds_and_names_that_no_disk_holds_cost_their_own_row(tmp_path):
+    names = {
+        "0.jpg": '"x": 18446744073709551615',
+        "1.jpg": '"x": 1' + "0" * 30,
+        "2.jpg": '"x": -9223372036854775809',
+    }
+    rows = [f'{{"file_name": "{name}", {extra}}}' for name, extra in names.items()]
+    rows += ['{"file_name": "3\\u0000.jpg"}', json.dumps({"file_name": "y" * 5000 + ".jpg"})]
+    (tmp_path / "captions.jsonl").write_text("\n".join(rows))
+    _, pictures = read_any(str(tmp_path))
+    made = list(pictures)
+    assert [p.key for p in made if p.error is None] == ["0.jpg", "3\0.jpg", "y" * 5000 + ".jpg"]
+    assert all("a whole number of more than 64 bits" in str(p.error) for p in made if p.error is not None)
+    for picture in made[-2:]:
+        with pytest.raises(ImageError, match="can't be read"):
+            images.read(picture.uri)
+
+
+@pytest.mark.parametrize("name", ["uri", "image"])
+def test_a_date_beyond_python_s_years_costs_its_own_row(name, tmp_path):
+    pictures = ["0.jpg", "1.jpg"] if name == "uri" else [b"a", b"b"]
+    days = pa.array([1, 2**30], pa.int32()).cast(pa.date32())
+    pq.write_table(pa.table({name: pictures, "caption": ["a", "b"], "taken": days}), tmp_path / "t.parquet")
+    made = read_any(str(tmp_path / "t.parquet"))[1]
+    first, second = sorted(made, key=lambda picture: picture.error is not None)
+    assert first.extra == {"taken": "1970-01-02"}
+    assert "a date beyond the years 1 to 9999" in str(second.error)

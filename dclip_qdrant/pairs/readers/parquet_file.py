@@ -16,6 +16,7 @@ from dclip_qdrant.pairs.readers.picture import (
     CAPTION_COLUMNS,
     IMAGE_COLUMNS,
     KEY_COLUMNS,
+    UNREADABLE,
     SourcePicture,
     captions_of,
     find_column,
@@ -92,9 +93,25 @@ def _batches(path: UPath, columns: list[str] | None = None) -> Iterator[tuple[in
     number = 0
     with storage.open_for_arrow(path) as f:
         for batch in pq.ParquetFile(f).iter_batches(batch_size=ROWS, columns=columns):
-            for row in batch.to_pylist():
+            for row in _rows_of(batch):
                 yield number, row
                 number += 1
+
+
+def _rows_of(batch: pa.RecordBatch) -> list[dict[str, Any]]:
+    """The rows; a value that Python can't hold is UNREADABLE, so that it costs its own row alone."""
+    try:
+        return batch.to_pylist()
+    except (OverflowError, ValueError):  # dates beyond the years 1 to 9999
+        columns = {name: [_value(scalar) for scalar in batch[name]] for name in batch.schema.names}
+        return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+
+def _value(scalar: pa.Scalar) -> Any:
+    try:
+        return scalar.as_py()
+    except (OverflowError, ValueError):
+        return UNREADABLE
 
 
 def _named_rows(path: UPath, columns: Columns) -> Iterator[Row]:

@@ -5,6 +5,7 @@ import decimal
 import math
 import unicodedata
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -109,18 +110,31 @@ def _caption(value: Any) -> str:
     raise ValueError(f"a caption that is {type(value).__name__}: {str(value)[:40]!r}")
 
 
+class _Unreadable:
+    """Stands for a value of a table that Python has nothing for."""
+
+
+UNREADABLE = _Unreadable()
+
+
 def plain(value: Any, depth: int = 0) -> Any:
     """A value as JSON can hold it: dates as ISO text, what is no number as null.
 
     Raises:
         ValueError: nested too deeply, or text that is no Unicode.
     """
+    if value is UNREADABLE:
+        raise ValueError("a date beyond the years 1 to 9999, or another value that can't be read")
     if depth > DEEPEST:
         raise ValueError(f"nested more than {DEEPEST} levels deep")
     if isinstance(value, str):
         value.encode()  # half of a surrogate pair: a UnicodeEncodeError is a ValueError
         return value
-    if value is None or isinstance(value, bool | int):
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, int):
+        if not -(2**63) <= value < 2**64:  # what Qdrant's payload holds exactly
+            raise ValueError("a whole number of more than 64 bits")
         return value
     if isinstance(value, float):
         return value if math.isfinite(value) else None
@@ -151,6 +165,7 @@ def locate(root: UPath, name: str) -> str:
     spellings = (name, *(unicodedata.normalize(form, name) for form in ("NFC", "NFD")))
     for spelled in dict.fromkeys(spellings):
         for folder in (root, root.parent):
-            if (folder / spelled).exists():
-                return str(folder / spelled)
+            with suppress(OSError, ValueError):  # a name that is too long, or holds a NUL: reading it says so
+                if (folder / spelled).exists():
+                    return str(folder / spelled)
     return str(here)

@@ -43,6 +43,7 @@ def student(tmp_path_factory):
     )
 
 
+@pytest.mark.long
 def test_the_exported_base_scores_what_its_makers_measured(student, pairs):
     """shared/data/README.md: text -> image 13.2 / 36.6 / 49.5, image -> text 19.4 / 41.8 / 54.8; flowers5
     34.4%."""

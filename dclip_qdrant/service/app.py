@@ -286,11 +286,12 @@ class Service:
         return self.gallery
 
     async def info(self, _: Request) -> Response:
-        collections = await self._in_thread(self.gallery.collections) if self.gallery else []
+        found = await self._in_thread(self.gallery.collections) if self.gallery else ([], [])
         return JSONResponse(
             {
                 "students": [{"name": n, "dim": s.dim} for n, s in self.engine.students.items()],
-                "collections": collections,
+                "collections": found[0],
+                "unavailable": found[1],
             }
         )
 

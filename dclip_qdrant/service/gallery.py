@@ -31,18 +31,19 @@ class Gallery:
         self._stores: dict[str, Store] = {}
         self._by_print = {s.fingerprint: s for s in engine.students.values()}
 
-    def collections(self) -> list[dict[str, Any]]:
-        """Those that one of the students filled; what others filled is left out."""
-        out = []
+    def collections(self) -> tuple[list[dict[str, Any]], list[str]]:
+        """Those that one of the students filled, and why others can't be looked at now (open in another
+        process, a server that is away); what other students filled is left out."""
+        out, unavailable = [], []
         for name in self._names():
             try:
                 store = self._store(name)
                 student = self._by_print.get(store.metadata().get(META, {}).get("fingerprint", ""))
                 if student is not None:
                     out.append({"name": name, "student": student.model_name, "points": store.count()})
-            except DclipError:
-                continue  # open in another process, or gone
-        return out
+            except DclipError as e:
+                unavailable.append(f"{name}: {e.came}")
+        return out, unavailable
 
     def _names(self) -> list[str]:
         return [*self._place.collections(), *self._place.aliases()]
@@ -97,7 +98,8 @@ class Gallery:
         return {
             "student": student.model_name,
             "milliseconds": round((time.perf_counter() - began) * 1000, 1),
-            "hits": [h.row() for h in hits],
+            # a server's payload may be somebody else's: the page gets what it shows
+            "hits": [{k: v for k, v in h.row().items() if k != "payload"} for h in hits],
         }
 
     def labels(self, collection: str) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ from starlette.testclient import TestClient
 
 from dclip_qdrant.service.run import build_service
 from dclip_qdrant.serving.collection import CollectionSpec
-from dclip_qdrant.serving.ingest import ingest
+from dclip_qdrant.serving.ingest import ingest, prepare_collection
 from dclip_qdrant.serving.stores import open_store
 from dclip_qdrant.serving.student import Student
 
@@ -48,6 +48,7 @@ def test_page_info_search_labels_picture(filled, student):
         "/api/search", json={"collection": "scenes", "text": "a red ball", "mode": "regions", "limit": 5}
     ).json()
     assert len(found["hits"]) == 5
+    assert "payload" not in found["hits"][0]
     picture = filled.get(f"/api/picture/scenes/{found['hits'][0]['id']}")
     assert picture.headers["content-type"] == "image/jpeg"
     assert max(Image.open(io.BytesIO(picture.content)).size) <= 480
@@ -55,6 +56,18 @@ def test_page_info_search_labels_picture(filled, student):
         "/api/search", json={"collection": "scenes", "image": b64(picture.content), "limit": 1}
     ).json()
     assert like["hits"][0]["id"] == found["hits"][0]["id"]
+
+
+def test_a_collection_that_somebody_has_open_is_said(student_folder, tmp_path):
+    store = open_store("c", edge=str(tmp_path))
+    prepare_collection(store, Student.load(student_folder), CollectionSpec.load())
+    service = build_service([str(student_folder)], edge=str(tmp_path))
+    with TestClient(service.app, base_url="http://localhost") as client:
+        info = client.get("/api/info").json()
+        assert (info["collections"], info["unavailable"]) == ([], ["c: open in another process"])
+        store.close()
+        info = client.get("/api/info").json()
+        assert (len(info["collections"]), info["unavailable"]) == (1, [])
 
 
 @pytest.mark.parametrize(

@@ -92,7 +92,7 @@ def preprocessing(config):
     return {**TINY["preprocess_cfg"], "size": config["vision_cfg"]["image_size"]}
 
 
-LARGE = ("MobileCLIP", "EVA02", "ResNet")  # an export of half a minute each
+LARGE = ("MobileCLIP", "SigLIP", "EVA02", "ResNet")  # an export of half a minute each
 
 
 @pytest.fixture(

@@ -47,6 +47,10 @@ function option(value, text) {
 async function start() {
   const info = await api("/api/info");
   state.collections = info.collections;
+  if (!info.collections.length && info.unavailable.length) {
+    status(info.unavailable.join("; "), true);
+    return;
+  }
   if (!info.collections.length) {
     status("No collection here was filled by " + info.students.map((s) => s.name).join(", ") + ". Start the service with --edge or --url after dclip-qdrant ingest.", true);
     return;

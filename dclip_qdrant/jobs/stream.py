@@ -57,7 +57,7 @@ class _Dataset:
             batch_size=None,
             zero_copy_batch=True,
             num_cpus=min(1.0, free / (order.world * tasks)),
-            concurrency=tasks,
+            compute=ray.data.TaskPoolStrategy(tasks),
         )
 
 

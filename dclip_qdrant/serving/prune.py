@@ -21,8 +21,10 @@ def local_root(source: str, images_root: str | None, *, must: bool) -> str | Non
         UsageError: it isn't, and `must` be. Or nothing to read.
     """
     root = storage.as_path(images_root) if images_root else open_source(source, captions=False).top
-    if not storage.is_uri(root) and os.path.isdir(str(root)):
-        return os.path.abspath(str(root))
+    if not storage.is_uri(root):
+        root = root.parent if root.is_file() else root  # of a list or an archive: where it lies
+        if root.is_dir():
+            return os.path.abspath(str(root))
     if must:
         raise UsageError("`prune`", str(root), "pictures in a folder of this machine")
     return None

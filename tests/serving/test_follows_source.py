@@ -80,6 +80,17 @@ def test_a_picture_that_can_t_be_read_now_is_not_pruned(photos, store, student):
     assert "0.png" in keys(store)
 
 
+def test_a_list_s_pictures_are_looked_for_where_it_lies(photos, store, student):
+    table = photos / "list.csv"
+    table.write_text("image,caption\n" + "".join(f"{i}.png,a\n" for i in range(5)))
+    ingest(table, student, store)
+    (photos / "0.png").unlink()
+    table.write_text(table.read_text().replace("0.png,a\n", "").replace("1.png,a\n", ""))
+    report = ingest(table, student, store, prune=True)
+    assert (report.seen, report.deleted) == (3, 1)
+    assert keys(store) == ["1.png", "2.png", "3.png", "4.png"]  # no longer in the list, but there
+
+
 def test_large_collections_are_only_looked_through_when_asked(photos, store, student, monkeypatch):
     monkeypatch.setattr(prune, "COUNT_GONE", 4)
     ingest(photos, student, store)

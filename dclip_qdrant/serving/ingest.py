@@ -211,6 +211,7 @@ class SourceItems:
         read_as: str | None = None,
     ) -> None:
         self._layout = open_source(source, images_root=images_root, captions=False, read_as=read_as)
+        self.top = self._layout.top
         self._account = Account(self._layout)
         self._prefix, self._splits, self._captions, self._limit = prefix, splits, captions, limit
 
@@ -293,7 +294,6 @@ def ingest(
         layout=layout,
         max_pixels=max_pixels,
     )
-    root = local_root(str(source), images_root, must=prune)
     items = SourceItems(
         str(source),
         images_root=images_root,
@@ -303,6 +303,7 @@ def ingest(
         limit=limit,
         read_as=read_as,
     )
+    root = local_root(items.top, images_root, must=prune)
     prepare_collection(store, loaded, wish)
     judge = PictureJudge(embedder, replace=replace, keys=LocalKeys())
     report = run(iter(items), judge, embedder, store, rejects=rejects, progress=progress)

@@ -3,8 +3,9 @@
 import os
 from collections.abc import Iterator
 
+from upath import UPath
+
 from dclip_qdrant.errors import UsageError
-from dclip_qdrant.pairs.readers import open_source
 from dclip_qdrant.serving.items import Report
 from dclip_qdrant.serving.stores import Store
 from dclip_qdrant.tables import storage
@@ -13,14 +14,14 @@ TOGETHER = 1000  # points a request
 COUNT_GONE = 100_000  # points of a collection that is looked through without being asked
 
 
-def local_root(source: str, images_root: str | None, *, must: bool) -> str | None:
-    """The folder below which a source's pictures lie; None where it is not on this machine: whether a picture
-    is still in a bucket takes a request each.
+def local_root(top: str | UPath, images_root: str | None, *, must: bool) -> str | None:
+    """The folder below which the pictures of a source at `top` lie; None where it is not on this machine:
+    whether a picture is still in a bucket takes a request each.
 
     Raises:
-        UsageError: it isn't, and `must` be. Or nothing to read.
+        UsageError: it isn't, and `must` be.
     """
-    root = storage.as_path(images_root) if images_root else open_source(source, captions=False).top
+    root = storage.as_path(images_root or top)
     if not storage.is_uri(root):
         root = root.parent if root.is_file() else root  # of a list or an archive: where it lies
         if root.is_dir():

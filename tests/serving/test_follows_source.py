@@ -135,6 +135,12 @@ def test_a_source_is_read_as_it_is_said(photos, student, tmp_path):
     for read_as, says in (("tar", "no file ending in .tar"), ("fodler", "folder")):
         with pytest.raises(UsageError, match=f"`read_as`.*{says}"):
             open_source(str(photos), read_as=read_as)
+    for name in ("a.token", "b.token"):  # which of the two isn't asked where the folder's pictures are
+        (photos / name).write_text("0.png#0\ta\n")
+    (photos / "captions.csv").rename(photos / "table.csv")
+    store = open_store("c", edge=str(tmp_path / "tokens"))
+    assert ingest(photos, student, store, read_as="folder", prune=True).embedded == 5
+    store.close()
     (photos / "other.jsonl").write_text("{}\n")
     with pytest.raises(UsageError, match="2 files of this kind"):
         open_source(str(photos), read_as="jsonl")

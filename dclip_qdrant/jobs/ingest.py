@@ -24,7 +24,7 @@ from dclip_qdrant.serving.embedder import Embedder
 from dclip_qdrant.serving.ingest import (
     LocalKeys,
     PictureJudge,
-    judge_and_embed,
+    judge_and_prepare,
     prepare_collection,
     write_points,
 )
@@ -107,7 +107,7 @@ class Embed:
     def __call__(self, table: pa.Table) -> pa.Table:
         items = [Item.of(_picture(row), self.prefix, self.captions) for row in table.to_pylist()]
         items = self.embedder.read(items)
-        points = iter(judge_and_embed(items, self.judge, self.embedder, self.stored))
+        points = iter(self.embedder.forward(judge_and_prepare(items, self.judge, self.embedder, self.stored)))
         # embedding keeps the order of the items that got a point
         return EMBEDDINGS.table([_row(item, next(points) if item.pending else None) for item in items])
 

@@ -17,7 +17,7 @@ from dclip_qdrant.serving.stores import Point
 from dclip_qdrant.serving.student import TOP_K, Student
 
 Layout = Literal["flat", "langchain"]
-
+Prepared = tuple[Item, list[np.ndarray]]  # a picture and its pixels: [S, S, 3] of itself and each region
 
 PIXELS_TOGETHER = 64_000_000  # that are decoded at once: 192 MB, and what decoders need beside it
 SEEN = ("width", "height", "boxes", "scores", "labels")  # of a payload: what the picture itself shows
@@ -64,9 +64,14 @@ class Embedder:
 
     def embed(self, items: Sequence[Item]) -> list[Point]:
         """Decodes, finds regions, embeds. Items that fail get their `error` and no point."""
-        return [point for some in _by_pixels(items) for point in self._embed(some)]
+        return self.forward(self.prepare(items))
 
-    def _embed(self, items: Sequence[Item]) -> list[Point]:
+    def prepare(self, items: Sequence[Item]) -> list[Prepared]:
+        """Everything that comes before the student's image tower: decodes, finds regions, resizes. Items
+        that fail get their `error` and are left out."""
+        return [prepared for some in _by_pixels(items) for prepared in self._prepare(some)]
+
+    def _prepare(self, items: Sequence[Item]) -> list[Prepared]:
         decoded = [
             (item, image)
             for item, image in zip(items, self.pool.map(self._decode, items), strict=True)
@@ -79,10 +84,24 @@ class Embedder:
         elif self.regions is not None:
             for item, _ in decoded:
                 item.regions = self.regions.get(item.picture.key, Regions()).top(self.top_k)
-        points = []
-        for (item, _), vectors in zip(decoded, self._vectors(decoded), strict=True):
-            points.append(Point(item.id, vectors[0], vectors, self._payload(item)))
-        return points
+
+        def pixels(pair: tuple[Item, Image.Image]) -> Prepared:
+            item, image = pair
+            return item, self.student.region_pixels(image, item.regions, context=self.context)
+
+        return list(self.pool.map(pixels, decoded))
+
+    def forward(self, prepared: Sequence[Prepared]) -> list[Point]:
+        """The points of pictures that are prepared."""
+        if not prepared:
+            return []
+        vectors = self.student.embed_pixels(p for _, pixels in prepared for p in pixels)
+        counts = [len(pixels) for _, pixels in prepared]
+        of_picture = np.split(vectors, np.cumsum(counts)[:-1])
+        return [
+            Point(item.id, own[0], own, self._payload(item))
+            for (item, _), own in zip(prepared, of_picture, strict=True)
+        ]
 
     def _decode(self, item: Item) -> Image.Image | None:
         try:
@@ -92,24 +111,6 @@ class Embedder:
             return None
         item.size, item.data = image.size, b""
         return image
-
-    def _vectors(self, decoded: list[tuple[Item, Image.Image]]) -> list[np.ndarray]:
-        """[1 + R, D] a picture: itself, then its `item.regions`."""
-        if not decoded:
-            return []
-        counts: list[int] = []
-
-        def region_pixels(pair: tuple[Item, Image.Image]) -> list[np.ndarray]:
-            item, image = pair
-            return self.student.region_pixels(image, item.regions, context=self.context)
-
-        def stream() -> Iterator[np.ndarray]:
-            for pixels in self.pool.map(region_pixels, decoded):
-                counts.append(len(pixels))
-                yield from pixels
-
-        vectors = self.student.embed_pixels(stream())
-        return np.split(vectors, np.cumsum(counts)[:-1])
 
     def _payload(self, item: Item) -> Payload:
         if item.carried is not None:

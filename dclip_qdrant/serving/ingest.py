@@ -1,12 +1,15 @@
 """Pictures -> collection: the one loop that reads, judges, embeds and writes, whatever calls it.
 
-    source -> judge -> embed -> sink
+    source -> judge -> prepare | forward | sink
 
-A source gives items; a judge marks those that are there already or have no place there; the embedder makes
-points of the rest; a sink (a store, or a guest in somebody's collection) takes them. Point ids follow from
-keys, so that ingesting twice updates. What is there already with the same content, text and regions isn't
-decoded again: it is skipped, or its payload brought up to date where the source says something else of it. A
-killed run therefore goes on where it was.
+A source gives items; a judge marks those that are there already or have no place there; the embedder decodes
+the rest and makes points of them; a sink (a store, or a guest in somebody's collection) takes them. The three
+parts between the bars overlap: while the student's tower runs on one window of pictures, the next one is read
+and decoded and the last one is written.
+
+Point ids follow from keys, so that ingesting twice updates. What is there already with the same content, text
+and regions isn't decoded again: it is skipped, or its payload brought up to date where the source says
+something else of it. A killed run therefore goes on where it was.
 """
 
 import json
@@ -22,14 +25,13 @@ from dclip_qdrant.pairs.readers import Account, SourcePicture, open_source
 from dclip_qdrant.pairs.region_files import load_regions
 from dclip_qdrant.pictures.regions import Regions
 from dclip_qdrant.serving.collection import CollectionSpec, check_student, metadata_of
-from dclip_qdrant.serving.embedder import Embedder, Layout
+from dclip_qdrant.serving.embedder import Embedder, Layout, Prepared
 from dclip_qdrant.serving.items import Item, Payload, RejectsFile, Report
 from dclip_qdrant.serving.prune import local_root, note_gone
 from dclip_qdrant.serving.stores import Point, Store
 from dclip_qdrant.serving.student import TOP_K, Student, as_student
 
-WINDOW = 128  # pictures in flight: bounds memory
-WRITTEN_TOGETHER = 64  # points a request
+WINDOW = 64  # pictures that go through together, and points a request; three windows are in flight
 
 Progress = Callable[[Report], None]
 Refuse = Callable[[Item], DclipError | None]
@@ -59,15 +61,15 @@ class Keys(Protocol):
 
 
 class LocalKeys:
-    """The keys of one process."""
+    """The keys of one process, as 64-bit hashes: 130 bytes a key, however long keys and places are. Two of
+    ten million keys are taken for one with a probability of 3 in a million."""
 
     def __init__(self) -> None:
-        self._place_of: dict[str, str] = {}
+        self._place_of: dict[int, int] = {}
 
     def claim(self, keys: Sequence[str], places: Sequence[str]) -> list[bool]:
-        return [
-            self._place_of.setdefault(key, place) == place for key, place in zip(keys, places, strict=True)
-        ]
+        pairs = [(hash(key), hash(place)) for key, place in zip(keys, places, strict=True)]
+        return [self._place_of.setdefault(key, place) == place for key, place in pairs]
 
 
 class PictureJudge:
@@ -126,11 +128,11 @@ class PictureJudge:
             item.renewed = wanted
 
 
-def judge_and_embed(items: Sequence[Item], judge: Judge, embedder: Embedder, sink: Sink) -> list[Point]:
-    """One window of the loop without its last step; items that were read -> the points to write."""
+def judge_and_prepare(items: Sequence[Item], judge: Judge, embedder: Embedder, sink: Sink) -> list[Prepared]:
+    """Items that were read -> the pictures to embed."""
     ids = [i.id for i in items if i.error is None]
     judge(items, sink.payloads(ids, None))
-    return embedder.embed([i for i in items if i.pending])
+    return embedder.prepare([i for i in items if i.pending])
 
 
 def write_points(sink: Sink, points: list[Point]) -> list[dict[str, str]]:
@@ -138,8 +140,8 @@ def write_points(sink: Sink, points: list[Point]) -> list[dict[str, str]]:
     if not points:
         return []
     try:
-        for start in range(0, len(points), WRITTEN_TOGETHER):
-            sink.upsert(points[start : start + WRITTEN_TOGETHER])
+        for start in range(0, len(points), WINDOW):
+            sink.upsert(points[start : start + WINDOW])
         return []
     except PointError as e:
         if len(points) == 1:
@@ -166,26 +168,40 @@ def run(
     """
     report = Report()
 
-    def next_window() -> list[Item]:
-        return embedder.read(list(islice(items, WINDOW)))
+    def next_window() -> tuple[list[Item], list[Prepared]]:
+        window = embedder.read(list(islice(items, WINDOW)))
+        return window, judge_and_prepare(window, judge, embedder, sink)
 
-    with RejectsFile(rejects) as rejects_file, ThreadPoolExecutor(1) as ahead:
+    def write(window: list[Item], points: list[Point]) -> None:
+        refused = write_points(sink, points)
+        renewed = {i.id: i.renewed for i in window if i.renewed is not None and i.error is None}
+        if renewed:
+            sink.set_payloads(renewed)
+        rejected = refused + [i.reject_row() for i in window if i.error is not None]
+        rejects_file.write(rejected)
+        report.seen += len(window)
+        report.updated += len(renewed)
+        report.unchanged += sum(i.unchanged for i in window)
+        report.embedded += len(points) - len(refused)
+        report.add_rejects(rejected)
+        progress(report)
+
+    with (
+        RejectsFile(rejects) as rejects_file,
+        ThreadPoolExecutor(1) as ahead,
+        ThreadPoolExecutor(1) as behind,
+    ):
         coming = ahead.submit(next_window)
-        while window := coming.result():
-            coming = ahead.submit(next_window)  # the next window is read while this one is embedded
-            points = judge_and_embed(window, judge, embedder, sink)
-            refused = write_points(sink, points)
-            renewed = {i.id: i.renewed for i in window if i.renewed is not None and i.error is None}
-            if renewed:
-                sink.set_payloads(renewed)
-            rejected = refused + [i.reject_row() for i in window if i.error is not None]
-            rejects_file.write(rejected)
-            report.seen += len(window)
-            report.updated += len(renewed)
-            report.unchanged += sum(i.unchanged for i in window)
-            report.embedded += len(points) - len(refused)
-            report.add_rejects(rejected)
-            progress(report)
+        written = None
+        while (window_and_pixels := coming.result())[0]:
+            coming = ahead.submit(next_window)
+            window, prepared = window_and_pixels
+            points = embedder.forward(prepared)
+            if written is not None:
+                written.result()  # raises what the engine said
+            written = behind.submit(write, window, points)
+        if written is not None:
+            written.result()
     if report.embedded:
         sink.finish()
     return report

@@ -4,7 +4,7 @@ import datetime
 import logging
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -12,14 +12,16 @@ from typing import Any
 
 import numpy as np
 
-from dclip_qdrant.errors import UsageError
+from dclip_qdrant.errors import PointError, UsageError
 from dclip_qdrant.pictures import images
 from dclip_qdrant.serving.collection import META, check_student
 from dclip_qdrant.serving.stores import Condition, Query, ScoredPoint, Store
+from dclip_qdrant.serving.stores.base import mmr
 from dclip_qdrant.serving.student import Student
 
 logger = logging.getLogger(__name__)
 
+REMEMBERED = 10.0  # seconds that a collection's metadata is taken for the same
 LOOKED_AT = 256  # pictures, when nothing was found under a filter
 MODES = ("dense", "regions", "hybrid")
 SHOWN = ("key", "uri", "caption", "labels", "width", "height")  # of a payload, in a hit's row
@@ -153,7 +155,7 @@ def search(
             collection. ImageError: a picture that can't be read. StoreError.
     """
     _check(text, image, mode, limit, diversity)
-    metadata = store.metadata()
+    metadata = store.metadata(max_age=REMEMBERED)
     if not metadata and not store.exists():
         store.describe()  # raises, and names the collections there are
     check_student(metadata, student, store.name)
@@ -172,10 +174,11 @@ def search(
         with_regions=by_regions or (hybrid and fusion.regions > 0),
         exclude=tuple(exclude),
     )
-    if diversity > 0:
-        points = _diverse_points(store, query, diversity)
-    else:
-        points = store.query(query)
+
+    def ask() -> list[ScoredPoint]:
+        return _diverse_points(store, query, diversity) if diversity > 0 else store.query(query)
+
+    points = _asked_of_the_same(store, student, ask)
     if not points:
         _say_what_filters_miss(store, query.where)
     if query.with_regions and points and not any(_has_regions(point) for point in points):
@@ -189,6 +192,22 @@ def search(
         region = _best_region(point.regions, vector)
         hits.append(Hit(point.id, point.score, point.payload, region, ranks))
     return hits
+
+
+def _asked_of_the_same(
+    store: Store, student: Student, ask: Callable[[], list[ScoredPoint]]
+) -> list[ScoredPoint]:
+    """What is found, once it is sure that this student filled what was asked. The collection's metadata may
+    be REMEMBERED from before an alias was moved: points know their student themselves, so that a query costs
+    one call."""
+    try:
+        points = ask()
+    except PointError:  # such as vectors of another width
+        check_student(store.metadata(), student, store.name)
+        points = ask()
+    if not points or any(p.payload.get("student") != student.model_name for p in points):
+        check_student(store.metadata(), student, store.name)
+    return points
 
 
 def _say_what_filters_miss(store: Store, where: Sequence[Condition]) -> None:
@@ -229,12 +248,29 @@ def _has_regions(point: ScoredPoint) -> bool:
 
 
 def _diverse_points(store: Store, query: Query, diversity: float) -> list[ScoredPoint]:
+    """Maximal marginal relevance, relevance scaled to 0..1 over the candidates: cosines between texts and
+    pictures spread far less than those between pictures. The engine's own where it can be asked for: its
+    weight then makes up for the scale."""
+    by_vector_alone = query.text is None and query.rescore is None and query.weights[1:] == (0.0, 0.0)
+    if by_vector_alone:
+        bare = replace(query, limit=query.candidates, with_payload=False)
+        scores = np.array([point.score for point in store.query(bare)])
+        if len(scores) == 0:
+            return []
+        return store.query(replace(query, mmr=_weight(scores, diversity)))
     points = store.query(replace(query, limit=query.candidates, with_image=True))
     if not points:
         return []
     vectors = np.stack([p.image for p in points if p.image is not None])
     scores = np.array([p.score for p in points])
-    return [points[i] for i in _diverse(vectors, scores, query.limit, diversity)]
+    return [points[i] for i in mmr(vectors, scores, query.limit, _weight(scores, diversity))]
+
+
+def _weight(scores: np.ndarray, diversity: float) -> float:
+    """Of relevance in MMR over plain scores, so that it chooses as MMR over scores scaled to 0..1 does with 1
+    - diversity."""
+    spread = float(np.ptp(scores))
+    return (1 - diversity) / (1 - diversity + diversity * spread) if spread > 0 else 1 - diversity
 
 
 def _stages(store: Store, query: Query) -> dict[str, dict[str, int]]:
@@ -258,24 +294,6 @@ def _stages(store: Store, query: Query) -> dict[str, dict[str, int]]:
         )
         out[name] = {h.id: rank for rank, h in enumerate(points, 1)}
     return out
-
-
-def _diverse(vectors: np.ndarray, scores: np.ndarray, limit: int, diversity: float) -> list[int]:
-    """Greedy MMR: (1 - diversity) x relevance - diversity x likeness to what is chosen already. vectors [N,
-    D] unit rows; relevance is the score scaled to 0..1, because RRF's and cosine's differ by an order of
-    magnitude."""
-    spread = np.ptp(scores)
-    relevance = (scores - scores.min()) / spread if spread > 0 else np.ones(len(scores))
-    alike = vectors @ vectors.T
-    chosen: list[int] = []
-    nearest = np.zeros(len(scores))
-    left = set(range(len(scores)))
-    while left and len(chosen) < limit:
-        best = max(left, key=lambda i: ((1 - diversity) * relevance[i] - diversity * nearest[i], -i))
-        chosen.append(best)
-        left.remove(best)
-        nearest = np.maximum(nearest, alike[best])
-    return chosen
 
 
 def _best_region(regions: np.ndarray | None, vector: np.ndarray) -> int | None:

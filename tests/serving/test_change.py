@@ -409,3 +409,23 @@ def test_the_command_line_goes_the_whole_way(
         "0.3",
     )
     cli("reindex", "--from", "pictures", "--student", other_student, "--golden", pairs_folder, code=2)
+
+
+def test_a_query_is_one_call_and_a_moved_alias_is_noticed(catalogue, student_folder, other_student):
+    here = place(url=":memory:")
+    student, other = Student.load(student_folder), Student.load(other_student)
+    for name, own in (("before", student), ("after", other)):
+        ingest(str(catalogue), own, here.open(name), limit=5)
+    here.point("live", "before")
+    store, calls = here.open("live"), []
+    ask = store._call
+    store._call = lambda request: calls.append(request) or ask(request)
+    search(store, student, text="a red square")
+    calls.clear()
+    search(store, student, text="a blue square")
+    assert len(calls) == 1
+    here.point("live", "after")
+    with pytest.raises(MismatchError, match="filled by"):
+        search(store, student, text="a blue square")
+    assert search(store, other, text="a blue square")
+    here.close()

@@ -20,8 +20,9 @@ from dclip_qdrant.serving.collection import CollectionSpec
 from dclip_qdrant.serving.embedder import Embedder
 from dclip_qdrant.serving.ingest import ingest
 from dclip_qdrant.serving.items import point_id
-from dclip_qdrant.serving.search import Fusion, _diverse, parse_filter, search
-from dclip_qdrant.serving.stores import Condition, Point, open_store
+from dclip_qdrant.serving.search import Fusion, parse_filter, search
+from dclip_qdrant.serving.stores import Condition, Point, Query, open_store
+from dclip_qdrant.serving.stores.base import mmr
 from dclip_qdrant.serving.stores.exact import Exact
 from dclip_qdrant.serving.student import Student
 
@@ -356,10 +357,27 @@ def test_explain_gives_the_rank_in_each_stage(student, filled):
 def test_diversity_by_hand():
     # two twins and a stranger: by relevance a, b, c; b adds nothing once a is there
     vectors = np.array([[1, 0], [1, 0], [0, 1.0]])
-    assert _diverse(vectors, np.array([1.0, 0.9, 0.5]), 3, 0.0) == [0, 1, 2]
-    # after a: b has 0.5 * 0.8 - 0.5 * 1 = -0.1, c has 0.5 * 0 - 0.5 * 0 = 0
-    assert _diverse(vectors, np.array([1.0, 0.9, 0.5]), 3, 0.5) == [0, 2, 1]
-    assert _diverse(vectors, np.ones(3), 2, 1.0) == [0, 2]
+    assert mmr(vectors, np.array([1.0, 0.9, 0.5]), 3, 1.0) == [0, 1, 2]
+    # after a: b has 0.5 * 0.9 - 0.5 * 1 = -0.05, c has 0.5 * 0.5 - 0.5 * 0 = 0.25
+    assert mmr(vectors, np.array([1.0, 0.9, 0.5]), 3, 0.5) == [0, 2, 1]
+    assert mmr(vectors, np.ones(3), 2, 0.0) == [0, 2]
+
+
+@pytest.mark.parametrize("diversity", [0.2, 0.5, 0.9])
+def test_diversity_is_mmr_over_scaled_relevance(student, filled, diversity):
+    """Carbonell & Goldstein's greedy choice written out, relevance scaled to 0..1 over the candidates."""
+    vector = student.embed_texts(["a red square"])[0]
+    points = filled.query(Query(limit=100, vector=vector, with_image=True))
+    scores = np.array([p.score for p in points])
+    relevance = (scores - scores.min()) / np.ptp(scores)
+    chosen: list[int] = []
+    while len(chosen) < 8:
+        rest = [i for i in range(len(points)) if i not in chosen]
+        nearest = [max((points[i].image @ points[c].image for c in chosen), default=0.0) for i in rest]
+        value = [(1 - diversity) * relevance[i] - diversity * n for i, n in zip(rest, nearest, strict=True)]
+        chosen.append(rest[int(np.argmax(value))])
+    hits = search(filled, student, text="a red square", limit=8, diversity=diversity)
+    assert [h.id for h in hits] == [points[i].id for i in chosen]
 
 
 def test_queries_that_cant_be_meant(student, filled):

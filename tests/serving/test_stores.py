@@ -196,6 +196,11 @@ def test_regions_alone_are_max_sim_among_the_dense_candidates(full, truth):
         assert h.regions.shape[1] == h.image.shape[0]
 
 
+def test_the_engines_diversity_is_brute_forces(full, truth):
+    for weight in (0.3, 0.6, 0.9):
+        same(full, truth, Query(limit=10, vector=q(), candidates=30, mmr=weight))
+
+
 def test_facets_count_points_by_value(full):
     counted = {}
     for p in points(40):

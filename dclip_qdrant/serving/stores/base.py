@@ -63,6 +63,9 @@ class Query:
     candidates: int = 100
     # of a quantised search that looks at the originals again; 0: it doesn't; None: as the engine likes
     oversampling: float | None = None
+    # maximal marginal relevance among the candidates, of `vector` alone: this much of an item's score is its
+    # relevance, the rest its unlikeness to what is chosen already; None: by relevance alone
+    mmr: float | None = None
     where: tuple[Condition, ...] = ()
     with_regions: bool = False
     with_image: bool = False
@@ -83,7 +86,9 @@ class Store(Protocol):
         """Makes what `create` left undone when it was killed."""
         ...
 
-    def metadata(self) -> dict[str, Any]: ...
+    def metadata(self, *, max_age: float = 0.0) -> dict[str, Any]:
+        """What the collection remembers, as it was at most so many seconds ago."""
+        ...
 
     def set_metadata(self, metadata: dict[str, Any]) -> None:
         """Replaces all of it."""
@@ -216,3 +221,20 @@ def rrf(lists: list[list[str]], weights: tuple[float, ...], k: int) -> dict[str,
         for rank, point in enumerate(ids):
             scores[point] = scores.get(point, 0.0) + 1.0 / ((rank + 1) / weight + k - 1)
     return scores
+
+
+def mmr(vectors: np.ndarray, relevance: np.ndarray, limit: int, weight: float) -> list[int]:
+    """Greedy maximal marginal relevance (Carbonell & Goldstein 1998): weight x relevance - (1 - weight) x
+    likeness to the most alike of those chosen before. vectors [N, D] unit rows, relevance [N] -> numbers of
+    at most `limit` rows, the most relevant first; equals in their order."""
+    alike = vectors @ vectors.T
+    chosen: list[int] = []
+    nearest = np.full(len(relevance), -np.inf)
+    value = weight * relevance
+    while len(chosen) < min(limit, len(relevance)):
+        best = int(np.argmax(value))
+        chosen.append(best)
+        nearest = np.maximum(nearest, alike[best])
+        value = weight * relevance - (1 - weight) * nearest
+        value[chosen] = -np.inf
+    return chosen

@@ -102,6 +102,7 @@ class Edge:
         self.name, self.path = name, Path(folder) / name
         self._facts_file = self.path / "collection.json"
         self._shard: Any = None
+        self._read_facts: tuple[Any, dict[str, Any]] = (None, {})
 
     def exists(self) -> bool:
         return self._facts_file.is_file()
@@ -156,8 +157,15 @@ class Edge:
         storage.write_json(self._facts_file, facts)
 
     def _facts(self) -> dict[str, Any]:
-        """What the engine itself doesn't keep."""
-        return _read_json(self._facts_file)
+        """What the engine itself doesn't keep; read again when its file has changed."""
+        try:
+            stat = self._facts_file.stat()
+        except FileNotFoundError:
+            return {}
+        version = (stat.st_mtime_ns, stat.st_ino)
+        if self._read_facts[0] != version:
+            self._read_facts = (version, _read_json(self._facts_file))
+        return self._read_facts[1]
 
     def complete(self) -> None:
         """Nothing is missing: `collection.json` is written last."""
@@ -165,7 +173,7 @@ class Edge:
     def set_metadata(self, metadata: dict[str, Any]) -> None:
         storage.write_json(self._facts_file, self._facts() | {"metadata": metadata})
 
-    def metadata(self) -> dict[str, Any]:
+    def metadata(self, *, max_age: float = 0.0) -> dict[str, Any]:
         return self._facts().get("metadata", {})
 
     def describe(self) -> dict[str, Any]:
@@ -239,6 +247,9 @@ class Edge:
                 inner = [E.Prefetch(limit=query.candidates, query=fusion, prefetches=prefetch)]
             by_regions = E.Query.Nearest(widths.cut(query.rescore, "regions"), using="regions")
             request = {"query": by_regions, "prefetches": inner}
+        elif query.mmr is not None and query.vector is not None:
+            diverse = E.Mmr(widths.cut(query.vector, "image"), query.mmr, query.candidates, "image")
+            request = {"query": diverse, "filter": where}
         elif len(sources) == 1 and not sources[0].candidates:
             request = {"query": sources[0].query, "filter": where}
         elif len(sources) == 1:

@@ -11,7 +11,7 @@ import numpy as np
 from dclip_qdrant.errors import StoreError
 from dclip_qdrant.metrics import normalise
 from dclip_qdrant.serving.collection import CollectionSpec
-from dclip_qdrant.serving.stores.base import Condition, Point, Query, ScoredPoint, pick, rrf
+from dclip_qdrant.serving.stores.base import Condition, Point, Query, ScoredPoint, mmr, pick, rrf
 
 
 class Exact:
@@ -37,7 +37,7 @@ class Exact:
     def complete(self) -> None:
         """Nothing is missing."""
 
-    def metadata(self) -> dict[str, Any]:
+    def metadata(self, *, max_age: float = 0.0) -> dict[str, Any]:
         return self._metadata
 
     def set_metadata(self, metadata: dict[str, Any]) -> None:
@@ -113,6 +113,10 @@ class Exact:
         if query.rescore is not None:
             scores = _max_sim(normalise(query.rescore), {i: matching[i] for i in order[: query.candidates]})
             order = sorted(scores, key=lambda i: -scores[i])
+        if query.mmr is not None:
+            near = order[: query.candidates]
+            vectors, relevance = np.stack([matching[i].image for i in near]), [scores[i] for i in near]
+            order = [near[n] for n in mmr(vectors, np.array(relevance), query.limit, query.mmr)]
         return [
             ScoredPoint(
                 i,

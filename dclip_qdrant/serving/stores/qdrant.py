@@ -5,6 +5,7 @@ What an older server lacks is made up for, down to 1.15: BM25 over a text index 
 RRF (1.17) by fusing here; a collection's metadata (1.16) by a collection of our own, `dclip-metadata`.
 """
 
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -63,6 +64,7 @@ class Qdrant:
         self.alone = alone
         self._info: Any = None  # what the collection is, asked once
         self._aside: dict[str, Any] | None = None
+        self._looked_at = 0.0  # when `metadata` was, by the monotonic clock
 
     def _call(self, request: Callable[[], Any]) -> Any:
         return self.connection.call(request, self.name)
@@ -143,9 +145,12 @@ class Qdrant:
                     )
                 )
 
-    def metadata(self) -> dict[str, Any]:
+    def metadata(self, *, max_age: float = 0.0) -> dict[str, Any]:
+        if self._info is not None and time.monotonic() - self._looked_at < max_age:
+            return self._metadata()
         try:
             self._info, self._aside = self._call(lambda: self.client.get_collection(self.name)), None
+            self._looked_at = time.monotonic()
         except (PointError, StoreError):
             if self.exists():
                 raise
@@ -381,6 +386,10 @@ class Qdrant:
                 "query": widths.cut(query.rescore, "regions"),
                 "using": names.vector("regions"),
             }
+        elif query.mmr is not None:
+            mmr = m.Mmr(diversity=1 - query.mmr, candidates_limit=query.candidates)
+            nearest = m.NearestQuery(nearest=sources[0].query, mmr=mmr)
+            request = {"query": nearest, "using": sources[0].using, "query_filter": where}
         elif len(sources) == 1:
             (source,) = sources
             request = {

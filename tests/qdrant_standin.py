@@ -39,6 +39,11 @@ class Standin(ThreadingHTTPServer):
         )
         self.url = f"http://127.0.0.1:{self.server_port}"
 
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that was killed in the middle of a request is no fault of ours."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
+
     def infer(self, body: Any, purpose: str) -> Any:
         found: list[dict] = []
 

@@ -45,6 +45,11 @@ alias_option = click.option("--alias", required=True, metavar="NAME", help="The 
 @store_options
 @prefix_option
 @click.option("--limit", type=click.IntRange(1), help="At most so many queries.")
+@click.option(
+    "--off-topic",
+    metavar="FILE",
+    help="Texts that the collection has nothing for, one a line.  [default: ours, of many trades]",
+)
 @table_or_json
 @quiet_option
 def tune_command(
@@ -57,13 +62,14 @@ def tune_command(
     api_key: str | None,
     prefix: str,
     limit: int | None,
+    off_topic: str | None,
     form: str,
     quiet: bool,
 ) -> None:
-    """Finds hybrid search's weights on your own captions and stores them in the collection; `search --mode
-    hybrid` then uses them.
+    """Finds hybrid search's weights on your own captions, and from which score on something was found, and
+    stores both in the collection; `search --mode hybrid` and `search --min-probability` then use them.
 
-    Weights are chosen on one half of the pictures and measured on the other. Captions that stand in the
+    Both are chosen on one half of the pictures and measured on the other. Captions that stand in the
     collection word for word are left out.
     """
     from dclip_qdrant.cli.progress import Progress
@@ -80,6 +86,7 @@ def tune_command(
             store,
             Student.load(student),
             queries,
+            off_topic=off_topic,
             progress=lambda done: bar(done, f"{done:,} of {len(queries):,} queries"),
         )
         bar.done()

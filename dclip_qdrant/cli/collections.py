@@ -16,6 +16,7 @@ from dclip_qdrant.cli.options import (
 )
 
 if TYPE_CHECKING:
+    from dclip_qdrant.serving.examples import Example
     from dclip_qdrant.serving.search import Hit
 
 
@@ -39,7 +40,17 @@ def _fusion(_: click.Context, __: click.Parameter, value: str | None) -> tuple[f
     ),
 )
 @click.argument("text", required=False)
-@click.option("--image", metavar="FILE", help="Search with a picture, a path or a URI.")
+@click.option(
+    "--image", metavar="FILE", help="Search with a picture, a path or a URI; with TEXT, both count."
+)
+@click.option(
+    "--like",
+    multiple=True,
+    metavar="KEY|FILE",
+    help="More like this picture, of the collection by its key or id, or a file; repeatable.",
+)
+@click.option("--unlike", multiple=True, metavar="KEY|FILE", help="Less like this picture; repeatable.")
+@click.option("--minus", metavar="TEXT", help="Words for what is not wanted.")
 @student_option
 @store_options
 @click.option(
@@ -66,11 +77,20 @@ def _fusion(_: click.Context, __: click.Parameter, value: str | None) -> tuple[f
     help="Of dense, BM25 and regions in hybrid.  [default: what `tune` left in the collection, else 1,1,0]",
 )
 @click.option("--diversity", default=0.0, help="0 to 1: fewer pictures that look alike (MMR).")
+@click.option(
+    "--min-probability",
+    type=float,
+    metavar="P",
+    help="0 to 1: leave out hits below it, so that a text without an answer finds nothing (after `tune`).",
+)
 @click.option("--explain", is_flag=True, help="Show each hit's rank in each stage.")
 @click.option("--format", "form", type=click.Choice(["table", "json", "jsonl", "paths"]), default="table")
 def search_command(
     text: str | None,
     image: str | None,
+    like: tuple[str, ...],
+    unlike: tuple[str, ...],
+    minus: str | None,
     student: str,
     collection: str,
     url: str | None,
@@ -82,10 +102,11 @@ def search_command(
     candidates: int,
     weights: tuple[float, ...] | None,
     diversity: float,
+    min_probability: float | None,
     explain: bool,
     form: str,
 ) -> None:
-    """Finds pictures by TEXT or --image."""
+    """Finds pictures by TEXT, --image, examples (--like, --unlike), or all of them together."""
     from dclip_qdrant.pictures.images import as_rgb
     from dclip_qdrant.serving.search import Fusion, parse_filter, search
     from dclip_qdrant.serving.student import Student
@@ -99,6 +120,9 @@ def search_command(
             loaded,
             text=text,
             image=picture,
+            like=[_example(name) for name in like],
+            unlike=[_example(name) for name in unlike],
+            minus=minus,
             mode=mode,
             where=conditions,
             limit=limit,
@@ -106,16 +130,27 @@ def search_command(
             fusion=Fusion(dense=weights[0], bm25=weights[1], regions=weights[2]) if weights else None,
             diversity=diversity,
             explain=explain,
+            min_probability=min_probability,
         )
     PRINTERS[form](hits)
     if not hits:
-        front.say("nothing found" + (" with these filters" if where else ""))
+        few = f" with a probability of {min_probability:g} or more" if min_probability else ""
+        front.say("nothing found" + (" with these filters" if where else "") + few)
+
+
+def _example(name: str) -> "Example":
+    """A file or a URI as its picture; anything else is a picture of the collection."""
+    from dclip_qdrant.pictures.images import as_rgb
+    from dclip_qdrant.tables.storage import as_path, is_uri
+
+    return as_rgb(name) if is_uri(name) or as_path(name).is_file() else name
 
 
 def _print_table(hits: "list[Hit]") -> None:
     for rank, hit in enumerate(hits, 1):
         caption = (hit.payload.get("caption") or "").split("\n")[0]
-        line = f"{rank:>3}  {hit.score:.4f}  {hit.payload.get('key')}  {caption[:70]}"
+        chance = f"  {hit.probability * 100:3.0f}%" if hit.probability is not None else ""
+        line = f"{rank:>3}  {hit.score:.4f}{chance}  {hit.payload.get('key')}  {caption[:70]}"
         if hit.box is not None:
             line += f"  [{hit.label} at {', '.join(f'{v:.0f}' for v in hit.box)}]"
         if hit.ranks is not None:

@@ -13,8 +13,11 @@ from typing import Any
 import numpy as np
 
 from dclip_qdrant.errors import PointError, UsageError
+from dclip_qdrant.metrics import shorten
 from dclip_qdrant.pictures import images
 from dclip_qdrant.serving.collection import META, check_student
+from dclip_qdrant.serving.examples import Example, Wanted, query_vector
+from dclip_qdrant.serving.relevance import Relevance
 from dclip_qdrant.serving.stores import Condition, Query, ScoredPoint, Store
 from dclip_qdrant.serving.stores.base import mmr
 from dclip_qdrant.serving.student import Student
@@ -38,6 +41,8 @@ class Hit:
     region: int | None = None
     # with explain: its rank in each stage, from 1; None where the stage didn't have it
     ranks: dict[str, int | None] | None = None
+    # that the collection has something for a text whose best hit is this one; None: `tune` wasn't run
+    probability: float | None = None
 
     @property
     def box(self) -> list[float] | None:
@@ -56,6 +61,8 @@ class Hit:
             row["region"] = {"box": self.box, "label": self.label}
         if self.ranks is not None:
             row["ranks"] = self.ranks
+        if self.probability is not None:
+            row["probability"] = self.probability
         return row
 
 
@@ -127,6 +134,9 @@ def search(
     *,
     text: str | None = None,
     image: images.Picture | None = None,
+    like: Sequence[Example] = (),
+    unlike: Sequence[Example] = (),
+    minus: str | None = None,
     mode: str = "dense",
     where: Sequence[Condition | str] = (),
     limit: int = 10,
@@ -135,11 +145,16 @@ def search(
     diversity: float = 0.0,
     explain: bool = False,
     exclude: Sequence[str] = (),
+    min_probability: float | None = None,
 ) -> list[Hit]:
-    """Pictures for a text or a picture.
+    """Pictures for a text, a picture, examples, or all of them together (`examples.query_vector`).
 
     Args:
         image: A path, URI, bytes or PIL image.
+        like: More like these: pictures of the collection by key or id, others as Path, bytes or PIL image.
+            Pictures of the collection are not found again.
+        unlike: Less like these.
+        minus: A text of what is not wanted.
         mode: `dense`: nearest whole pictures. `regions`: their best regions decide (MaxSim over
             `candidates`). `hybrid`: dense, BM25 over captions and (where it has a weight) regions, fused by
             weighted RRF; a picture has no words, so hybrid with a picture alone is refused.
@@ -149,17 +164,25 @@ def search(
             leaves the order alone.
         explain: Fills `Hit.ranks`; costs a query a stage.
         exclude: Ids of points that are never found.
+        min_probability: 0 to 1: leaves out hits of a lower `Hit.probability`, so that a text that the
+            collection has nothing for finds nothing. For texts in mode dense, after `tune`.
 
     Raises:
-        UsageError: no query or two of them, hybrid without text. MismatchError: another student filled the
-            collection. ImageError: a picture that can't be read. StoreError.
+        UsageError: no query, hybrid without text, an example that isn't there, `min_probability` where there
+            is none. MismatchError: another student filled the collection. ImageError: a picture that can't be
+            read. StoreError.
     """
-    _check(text, image, mode, limit, diversity)
+    wanted = Wanted(text, image, like, unlike, minus)
+    wanted.check()
+    _check(text, mode, limit, diversity)
     metadata = store.metadata(max_age=REMEMBERED)
     if not metadata and not store.exists():
         store.describe()  # raises, and names the collections there are
     check_student(metadata, student, store.name)
-    vector = student.embed_images([image])[0] if image is not None else student.embed_texts([text or ""])[0]
+    relevance = Relevance.of(metadata) if mode == "dense" and wanted.is_text_alone else None
+    if min_probability is not None:
+        _check_probability(min_probability, relevance, store, mode, wanted)
+    vector, examples = query_vector(store, student, wanted)
     fusion = fusion or Fusion.of(metadata)
     hybrid, by_regions = mode == "hybrid", mode == "regions"
     query = Query(
@@ -172,7 +195,7 @@ def search(
         candidates=max(candidates, limit),
         where=tuple(parse_filter(c) if isinstance(c, str) else c for c in where),
         with_regions=by_regions or (hybrid and fusion.regions > 0),
-        exclude=tuple(exclude),
+        exclude=(*exclude, *examples),
     )
 
     def ask() -> list[ScoredPoint]:
@@ -190,8 +213,25 @@ def search(
     for point in points:
         ranks = {name: order.get(point.id) for name, order in stages.items()} if stages is not None else None
         region = _best_region(point.regions, vector)
-        hits.append(Hit(point.id, point.score, point.payload, region, ranks))
+        probability = relevance.probability(point.score) if relevance is not None else None
+        if min_probability is None or (probability or 0.0) >= min_probability:
+            hits.append(Hit(point.id, point.score, point.payload, region, ranks, probability))
     return hits
+
+
+def _check_probability(
+    least: float, relevance: Relevance | None, store: Store, mode: str, wanted: Wanted
+) -> None:
+    """Raises UsageError where there is no probability to compare with."""
+    if not 0 <= least <= 1:
+        raise UsageError("`min_probability`", str(least), "0 to 1")
+    if mode != "dense" or not wanted.is_text_alone:
+        came = f"`mode` {mode}" if mode != "dense" else "pictures or examples"
+        expected = "a text and `mode` dense: it is learned from their cosines"
+        raise UsageError("`min_probability`", came, expected)
+    if relevance is None:
+        came = f"{store.name} doesn't know how near is near enough"
+        raise UsageError("`min_probability`", came, "a tuned collection", "dclip-qdrant tune")
 
 
 def _asked_of_the_same(
@@ -224,13 +264,8 @@ def _say_what_filters_miss(store: Store, where: Sequence[Condition]) -> None:
             logger.warning("%s; they have %s", came, ", ".join(sorted(fields)))
 
 
-def _check(text: str | None, image: images.Picture | None, mode: str, limit: int, diversity: float) -> None:
+def _check(text: str | None, mode: str, limit: int, diversity: float) -> None:
     """Raises UsageError for what can't be meant."""
-    if (text is None) == (image is None):
-        came = "both text and a picture" if text else "nothing to search for"
-        raise UsageError("query", came, "`text` or `image`")
-    if text is not None and not text.strip():
-        raise UsageError("query", "an empty text", "words to search for")
     if mode not in MODES:
         raise UsageError("`mode`", repr(mode), ", ".join(MODES))
     if mode == "hybrid" and text is None:
@@ -301,5 +336,8 @@ def _best_region(regions: np.ndarray | None, vector: np.ndarray) -> int | None:
     whole picture."""
     if regions is None or len(regions) < 2:
         return None
-    best = int(np.argmax(regions @ vector))
+    width = regions.shape[1]
+    if width > len(vector):  # an example's vector, where regions are stored longer than pictures
+        return None
+    best = int(np.argmax(regions @ (vector if width == len(vector) else shorten(vector, width))))
     return best - 1 if best > 0 else None

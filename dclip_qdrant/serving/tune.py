@@ -1,5 +1,5 @@
-"""Finds hybrid search's weights on the user's own pairs: chosen on one half of the pictures, measured on the
-other."""
+"""Finds hybrid search's weights, and from which cosine on something was found, on the user's own pairs:
+chosen on one half of the pictures, measured on the other."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -8,9 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from dclip_qdrant.errors import UsageError
 from dclip_qdrant.metrics import paired_difference
+from dclip_qdrant.serving import relevance
 from dclip_qdrant.serving.collection import META, check_student
 from dclip_qdrant.serving.golden import Golden, Scores, by_picture
+from dclip_qdrant.serving.relevance import Calibration, calibrate
 from dclip_qdrant.serving.search import Fusion
 from dclip_qdrant.serving.stores import Query, Store
 from dclip_qdrant.serving.student import Student
@@ -40,6 +43,8 @@ class Tuning:
     figures: dict[str, dict[str, float]]  # tuned, dense, ... -> r@1, r@5, r@10, mrr@10
     versus: list[Versus]
     golden: str  # fingerprint of the queries
+    calibration: Calibration | None = None  # None: too few queries for one
+    not_calibrated: str = ""  # why
 
     def row(self) -> dict[str, Any]:
         """What the collection's metadata keeps."""
@@ -56,12 +61,21 @@ class Tuning:
 
 
 def tune(
-    store: Store, student: Student, golden: Golden, *, progress: Callable[[int], None] = lambda done: None
+    store: Store,
+    student: Student,
+    golden: Golden,
+    *,
+    off_topic: str | None = None,
+    progress: Callable[[int], None] = lambda done: None,
 ) -> Tuning:
-    """The best Fusion and what it is worth, stored in the collection's metadata, where search finds it.
+    """The best Fusion and what it is worth, and the probability that something was found (`relevance.py`),
+    stored in the collection's metadata, where search finds them.
+
+    Args:
+        off_topic: A file of texts that the collection has nothing for, one a line. None: ours.
 
     Raises:
-        MismatchError: another student filled the collection.
+        MismatchError: another student filled the collection. UsageError: an `off_topic` of a few lines.
     """
     metadata = store.metadata()
     check_student(metadata, student, store.name)
@@ -94,6 +108,13 @@ def tune(
         gain = paired_difference(by_picture(theirs.together, rest), by_picture(tuned.together, rest))
         low, high = gain["ci"]
         versus.append(Versus(name, gain["difference"], (low, high)))
+    calibration, why = None, ""
+    try:
+        calibration = calibrate(store, student, golden, off_topic)
+    except UsageError as e:  # too few golden queries
+        if off_topic is not None:
+            raise
+        why = e.came
     tuning = Tuning(
         best,
         chosen_on=int(choose.sum()),
@@ -102,8 +123,11 @@ def tune(
         figures=figures,
         versus=versus,
         golden=golden.fingerprint,
+        calibration=calibration,
+        not_calibrated=why,
     )
-    store.set_metadata(metadata | {META: metadata[META] | {"search": tuning.row()}})
+    learned: dict[str, Any] = {"search": tuning.row(), "relevance": calibration and calibration.row()}
+    store.set_metadata(metadata | {META: metadata[META] | learned})
     return tuning
 
 
@@ -194,4 +218,6 @@ def describe(tuning: Tuning) -> str:
         f"95% [{v.ci[0] * 100:+.1f}, {v.ci[1] * 100:+.1f}]"
         for v in tuning.versus
     ]
-    return "\n".join(lines)
+    if tuning.calibration is None:
+        return "\n".join([*lines, f"nothing found: not learned, {tuning.not_calibrated}"])
+    return "\n".join(lines + relevance.describe(tuning.calibration))

@@ -383,7 +383,10 @@ def test_diversity_is_mmr_over_scaled_relevance(student, filled, diversity):
 def test_queries_that_cant_be_meant(student, filled):
     for query, says in (
         ({}, "nothing to search for"),
-        ({"text": "a", "image": Image.new("RGB", (9, 9))}, "both text and a picture"),
+        ({"minus": "a"}, "only what isn't wanted"),
+        ({"like": ["no-such.jpg"]}, "no picture 'no-such.jpg'"),
+        ({"text": "a", "minus": " "}, "an empty text"),
+        ({"text": "a", "min_probability": 0.5}, "dclip-qdrant tune"),
         ({"text": "  "}, "an empty text"),
         ({"image": Image.new("RGB", (9, 9)), "mode": "hybrid"}, "BM25 needs words"),
         ({"text": "a", "mode": "x"}, "'x'"),

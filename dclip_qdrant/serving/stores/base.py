@@ -104,6 +104,10 @@ class Store(Protocol):
         """Payloads by id, those keys of them; None gives them whole."""
         ...
 
+    def vectors(self, ids: list[str]) -> dict[str, np.ndarray]:
+        """What is stored of the `image` vectors of these points [D], by id."""
+        ...
+
     def upsert(self, points: list[Point]) -> None: ...
 
     def set_payloads(self, payloads: dict[str, Payload]) -> None:

@@ -199,6 +199,11 @@ class Edge:
         records = self._call(lambda: self._open().retrieve(ids, True, False))
         return {str(r.id): pick(r.payload or {}, keys) for r in records}
 
+    def vectors(self, ids: list[str]) -> dict[str, np.ndarray]:
+        records = self._call(lambda: self._open().retrieve(ids, False, ["image"])) if ids else []
+        found = {str(r.id): stored_vectors(r.vector)[1] for r in records}
+        return {i: vector for i, vector in found.items() if vector is not None}
+
     def _widths(self) -> Widths:
         facts = self._facts()
         dim, vectors = facts["dim"], facts["spec"]["vectors"]

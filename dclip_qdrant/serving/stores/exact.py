@@ -61,6 +61,10 @@ class Exact:
         points = self._known()
         return {i: pick(points[i].payload, keys) for i in ids if i in points}
 
+    def vectors(self, ids: list[str]) -> dict[str, np.ndarray]:
+        points = self._known()
+        return {i: points[i].image for i in ids if i in points}
+
     def upsert(self, points: list[Point]) -> None:
         known = self._known()
         for p in points:

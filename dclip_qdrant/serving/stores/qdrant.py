@@ -303,6 +303,14 @@ class Qdrant:
         records = self._retrieve(ids, with_payload=wanted, with_vectors=False)
         return {str(r.id): pick(names.payload(r.payload), keys) for r in records}
 
+    def vectors(self, ids: list[str]) -> dict[str, np.ndarray]:
+        if not ids:
+            return {}
+        names = self._names()
+        records = self._retrieve(ids, with_payload=False, with_vectors=[names.vector("image")])
+        found = {str(r.id): stored_vectors(names.vectors(r.vector))[1] for r in records}
+        return {i: vector for i, vector in found.items() if vector is not None}
+
     def _retrieve(self, ids: list[str], **options: Any) -> list[Any]:
         return self._call(lambda: self.client.retrieve(self.name, [sent_id(i) for i in ids], **options))
 

@@ -45,6 +45,14 @@ class VectorSpec(BaseModel):
         gt=0,
         description="store the first so many components (for students that were trained for it); null: all",
     )
+    oversampling: float | None = Field(
+        None,
+        ge=0,
+        description="quantised searches compare so many times as many candidates with the originals; 0: none",
+    )
+    ef: int | None = Field(
+        None, gt=0, description="candidates that HNSW keeps while it searches; null: the engine's own"
+    )
 
 
 class TextSpec(BaseModel):
@@ -85,6 +93,16 @@ class CollectionSpec(BaseModel):
             known = [p.stem for p in folder.glob("*.toml")]
             raise UsageError("`spec`", f"no {str(name)!r}", do=did_you_mean(str(name), known))
         return checked(cls, read_toml(path), path)
+
+    @classmethod
+    def of(cls, described: dict[str, Any]) -> "CollectionSpec":
+        """The spec of a collection that there is, from `Store.describe`; the default one, where somebody else
+        made it."""
+        keys = ("vectors", "payload_indexes", "text")
+        known = {key: described[key] for key in keys if described.get(key)}
+        if not all(isinstance(vector, dict) for vector in known.get("vectors", {}).values()):
+            return cls.load()
+        return cls.model_validate(known) if "vectors" in known else cls.load()
 
 
 def specs_folder() -> Path:

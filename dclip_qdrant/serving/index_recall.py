@@ -1,8 +1,9 @@
 """What is left of a student's answers once its vectors are short, rounded and searched through the engine's
 index: recall over bytes a vector.
 
-A setting is `KIND[@DIM][+rescore[N]]`: float32, float16, int8, turbo4, turbo2 or binary; @128 stores the
-first 128 components; +rescore compares N times as many candidates (2 unless said) with the stored originals.
+A setting is `KIND[@DIM][+rescore[N]][+efN]`: float32, float16, int8, turbo4, turbo2 or binary; @128 stores
+the first 128 components; +rescore compares N times as many candidates (2 unless said) with the stored
+originals; +ef256 lets HNSW keep 256 candidates while it searches.
 Each setting becomes a collection of its own, searched through HNSW however small it is, and dropped
 afterwards.
 """
@@ -12,7 +13,7 @@ import re
 import secrets
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,20 +23,22 @@ from dclip_qdrant.lookup import need
 from dclip_qdrant.metrics import KS, normalise
 from dclip_qdrant.serving.collection import META, CollectionSpec, VectorSpec
 from dclip_qdrant.serving.items import point_id
-from dclip_qdrant.serving.stores import Place, Point, Query, Store
+from dclip_qdrant.serving.stores import Condition, Place, Point, Query, Store
 
 logger = logging.getLogger(__name__)
 
 WRITTEN_TOGETHER = 256
+PART, PARTS = "part", 10  # a payload field for filters: a tenth of the pictures has 0
 BITS = {"float32": 32, "float16": 16, "int8": 8, "turbo4": 4, "turbo2": 2, "binary": 1}
 DEFAULT = "float32,float16,int8,turbo4,binary,binary+rescore,float32@1/2,int8@1/2,int8@1/4,binary@1/2+rescore"
 KEYS = {
-    "setting": "KIND[@DIM][+rescore[N]]",
+    "setting": "KIND[@DIM][+rescore[N]][+efN]",
     "dim": "components stored",
     "bytes": (
         "of a vector as it is searched, without the index's links; originals that +rescore reads come on top"
     ),
     "recall@k": "part of the exact float32 top k of the whole vectors that the index found",
+    "filtered_recall@k": "likewise under a filter that a tenth of the pictures pass",
     "t2i": "r@1, r@5, r@10 of the right picture, through the index",
     "p50_ms": "search alone, one query at a time, median",
     "p95_ms": "likewise, 95th percentile",
@@ -50,23 +53,32 @@ class Setting:
     kind: str
     dim: int
     oversampling: float  # 0: the originals stay untouched
+    ef: int | None = None  # None: the engine's own
 
     @property
     def bytes(self) -> float:
         return BITS[self.kind] * self.dim / 8
 
-    def spec(self) -> CollectionSpec:
+    def vector(self) -> VectorSpec:
+        """Of a collection that stores and searches its vectors so."""
         quantised = self.kind not in ("float32", "float16")
-        vector = VectorSpec.model_validate(
+        return VectorSpec.model_validate(
             {
                 "dim": self.dim,
                 "on_disk": quantised,
                 "quantization": self.kind if quantised else "none",
                 "datatype": "float16" if self.kind == "float16" else "float32",
+                "oversampling": self.oversampling if quantised else None,
+                "ef": self.ef,
             }
         )
+
+    def spec(self) -> CollectionSpec:
         # 10 KB: any collection gets its index
-        return CollectionSpec(vectors={"image": vector}, indexing_threshold=10)
+        indexes: Any = {PART: "integer"}
+        return CollectionSpec(
+            vectors={"image": self.vector()}, payload_indexes=indexes, indexing_threshold=10
+        )
 
 
 def parse(text: str, whole: int) -> list[Setting]:
@@ -77,10 +89,13 @@ def parse(text: str, whole: int) -> list[Setting]:
     """
     out: list[Setting] = []
     for name in (t.strip() for t in text.split(",")):
-        m = re.fullmatch(r"(\w+?)(?:@(?:(\d+)|1/(\d+)))?(\+rescore(\d+(?:\.\d+)?)?)?", name)
+        m = re.fullmatch(
+            r"(\w+?)(?:@(?:(\d+)|1/(\d+)))?(\+rescore(\d+(?:\.\d+)?)?)?(?:\+ef([1-9]\d*))?", name
+        )
         if not m or m.group(1) not in BITS:
-            raise UsageError("`settings`", repr(name), f"KIND[@DIM][+rescore], KIND one of {', '.join(BITS)}")
-        kind, fixed, part, again, factor = m.groups()
+            expected = f"KIND[@DIM][+rescore][+efN], KIND one of {', '.join(BITS)}"
+            raise UsageError("`settings`", repr(name), expected)
+        kind, fixed, part, again, factor, ef = m.groups()
         dim = int(fixed) if fixed else whole // (int(part) or 2 * whole) if part else whole
         if not 0 < dim <= whole:
             raise UsageError("`settings`", repr(name), f"1 to {whole} components, the student's")
@@ -93,9 +108,12 @@ def parse(text: str, whole: int) -> list[Setting]:
             kind,
             dim,
             float(factor or 2) if again else 0.0,
+            int(ef) if ef else None,
         )
         if any(
-            (s.kind, s.dim, s.oversampling) == (setting.kind, setting.dim, setting.oversampling) for s in out
+            (s.kind, s.dim, s.oversampling, s.ef)
+            == (setting.kind, setting.dim, setting.oversampling, setting.ef)
+            for s in out
         ):
             raise UsageError("`settings`", f"{setting.name} twice", "different settings")
         out.append(setting)
@@ -126,22 +144,28 @@ def measure(
             "the in-memory engine neither quantises nor indexes",
         )
     image, text = normalise(image), normalise(text)
+    passing = np.flatnonzero(np.arange(len(image)) % PARTS == 0)
     chosen = np.sort(np.random.default_rng(seed).permutation(len(text))[:queries])
     k = min(k, len(image))
-    truth = [set(np.argpartition(-s, k - 1)[:k]) for s in (text[chosen] @ image.T)]
+    truth = _nearest(text[chosen], image, k)
+    of_part = [set(passing[list(best)]) for best in _nearest(text[chosen], image[passing], k)]
     rows = []
     for setting in settings:
-        answers, times = _ask(place, setting, image, text[chosen], most=max(k, *KS))
+        answers, filtered, times = _ask(place, setting, image, text[chosen], most=max(k, *KS))
         ranks = [
             answer.index(int(owner[i])) if owner[i] in answer else np.inf
             for answer, i in zip(answers, chosen, strict=True)
         ]
-        recalls = [len(right & set(answer[:k])) / k for right, answer in zip(truth, answers, strict=True)]
+        recalls, under_filter = (
+            [len(right & set(answer[:k])) / len(right) for right, answer in zip(best, found, strict=True)]
+            for best, found in ((truth, answers), (of_part, filtered))
+        )
         row = {
             "setting": setting.name,
             "dim": setting.dim,
             "bytes": setting.bytes,
             f"recall@{k}": float(np.mean(recalls)),
+            f"filtered_recall@{k}": float(np.mean(under_filter)),
             "t2i": {f"r@{n}": float(np.mean([rank < n for rank in ranks])) for n in KS},
             "p50_ms": float(np.percentile(times, 50) * 1000),
             "p95_ms": float(np.percentile(times, 95) * 1000),
@@ -151,35 +175,53 @@ def measure(
     return rows
 
 
+def _nearest(queries: np.ndarray, image: np.ndarray, k: int) -> list[set[int]]:
+    """The numbers of the k images [N, D] that are nearest to each of the queries [Q, D]; all, of fewer."""
+    k = min(k, len(image))
+    return [set(np.argpartition(-s, k - 1)[:k].tolist()) for s in queries @ image.T]
+
+
 def _ask(
     place: Place, setting: Setting, image: np.ndarray, queries: np.ndarray, *, most: int
-) -> tuple[list[list[int]], list[float]]:
-    """The pictures that a collection of this setting finds for each query [Q, D], by number, and the seconds
-    that each took. The collection is dropped afterwards."""
+) -> tuple[list[list[int]], list[list[int]], list[float]]:
+    """The pictures that a collection of this setting finds for each query [Q, D], by number: among all, and
+    among those that pass a filter; and the seconds that each of the first took. The collection is dropped
+    afterwards."""
     name = f"dclip-eval-{secrets.token_hex(4)}"
     ids = [point_id(str(i)) for i in range(len(image))]
     number_of = {point: number for number, point in enumerate(ids)}
     store = place.open(name)
-    answers, times = [], []
+    answers, filtered, times = [], [], []
+    only = (Condition(PART, "=", (0,)),)
     try:
         dim = image.shape[1]
         remembered = {META: {"dim": dim, "for": "measuring recall through an index; may be deleted"}}
         store.create(setting.spec(), dim, remembered)
-        points = [Point(point, vector, None, {}) for point, vector in zip(ids, image, strict=True)]
+        points = [
+            Point(point, vector, None, {PART: number % PARTS})
+            for number, (point, vector) in enumerate(zip(ids, image, strict=True))
+        ]
         for start in range(0, len(points), WRITTEN_TOGETHER):
             store.upsert(points[start : start + WRITTEN_TOGETHER])
         store.finish()
         _settle(store)
         for vector in queries:
-            query = Query(limit=most, vector=vector, oversampling=setting.oversampling, with_payload=False)
+            query = Query(
+                limit=most,
+                vector=vector,
+                oversampling=setting.oversampling,
+                ef=setting.ef,
+                with_payload=False,
+            )
             began = time.perf_counter()
             hits = store.query(query)
             times.append(time.perf_counter() - began)
             answers.append([number_of[hit.id] for hit in hits])
+            filtered.append([number_of[hit.id] for hit in store.query(replace(query, where=only))])
     finally:
         store.close()
         place.drop(name)
-    return answers, times
+    return answers, filtered, times
 
 
 def _settle(store: Store, patience: float = 600) -> None:
@@ -199,7 +241,7 @@ def _settle(store: Store, patience: float = 600) -> None:
 def table(series: dict[str, list[dict[str, Any]]]) -> str:
     """Markdown: a row a setting, the students side by side."""
     recall = next(key for key in next(iter(series.values()))[0] if key.startswith("recall@"))
-    columns = (recall, "R@1", "R@10", "p50 / p95 ms")
+    columns = (recall, "filtered", "R@1", "R@10", "p50 / p95 ms")
     head = ["index", "bytes"]
     for name in series:
         head += [f"{name}: {column}" if len(series) > 1 else column for column in columns]
@@ -209,6 +251,7 @@ def table(series: dict[str, list[dict[str, Any]]]) -> str:
         for r in rows:
             cells += [
                 f"{r[recall]:.3f}",
+                f"{r['filtered_' + recall]:.3f}",
                 f"{r['t2i']['r@1'] * 100:.1f}",
                 f"{r['t2i']['r@10'] * 100:.1f}",
                 f"{r['p50_ms']:.2f} / {r['p95_ms']:.2f}",

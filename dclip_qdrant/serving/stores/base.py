@@ -3,7 +3,7 @@ that holds collections (`Place`)."""
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -61,8 +61,10 @@ class Query:
     weights: tuple[float, float, float] = (1.0, 1.0, 0.0)  # dense, BM25, regions
     rrf_k: int = 60
     candidates: int = 100
-    # of a quantised search that looks at the originals again; 0: it doesn't; None: as the engine likes
+    # of a quantised search that looks at the originals again; 0: it doesn't; None: as the collection's spec
+    # says, else as the engine likes
     oversampling: float | None = None
+    ef: int | None = None  # of HNSW: how many candidates a search keeps; None likewise
     # maximal marginal relevance among the candidates, of `vector` alone: this much of an item's score is its
     # relevance, the rest its unlikeness to what is chosen already; None: by relevance alone
     mmr: float | None = None
@@ -71,6 +73,14 @@ class Query:
     with_image: bool = False
     with_payload: bool = True
     exclude: tuple[str, ...] = ()
+
+
+def with_spec(query: Query, vectors: dict[str, Any]) -> Query:
+    """The query with what the collection's spec says of searching `image`, where it says nothing itself;
+    `vectors` as in the spec."""
+    spec = vectors.get("image") or {}
+    oversampling = spec.get("oversampling") if query.oversampling is None else query.oversampling
+    return replace(query, oversampling=oversampling, ef=query.ef or spec.get("ef"))
 
 
 class Store(Protocol):

@@ -28,6 +28,7 @@ from dclip_qdrant.serving.stores.base import (
     pick,
     readings,
     stored_vectors,
+    with_spec,
 )
 from dclip_qdrant.serving.stores.edge_words import words_options
 from dclip_qdrant.tables import storage
@@ -234,6 +235,8 @@ class Edge:
 
     def query(self, query: Query) -> list[ScoredPoint]:
         shard, widths = self._open(), self._widths()
+        query = with_spec(query, self._facts()["spec"]["vectors"])
+        params = _search_params(query)
         where = _filter(query.where, query.exclude, self._ids_with)
         sources = _sources(query, widths, where)
         prefetch = [
@@ -242,6 +245,7 @@ class Edge:
                 query=s.query,
                 filter=None if s.candidates else where,
                 prefetches=s.candidates,
+                params=params,
             )
             for s in sources
         ]
@@ -262,12 +266,6 @@ class Edge:
         else:
             request = {"query": fusion, "prefetches": prefetch}
         vectors = [name for name, wanted in _wanted_vectors(query) if wanted]
-        params = None
-        if query.oversampling is not None:
-            quantisation = E.QuantizationSearchParams(
-                rescore=query.oversampling > 0, oversampling=query.oversampling or None
-            )
-            params = E.SearchParams(quantization=quantisation)
         full = E.QueryRequest(
             **request,
             limit=query.limit,
@@ -367,11 +365,24 @@ def _sources(query: Query, widths: Widths, where: Any) -> list[Source]:
     if query.vector is not None:
         dense = E.Query.Nearest(widths.cut(query.vector, "image"), using="image")
         by_region = E.Query.Nearest([widths.cut(query.vector, "regions")], using="regions")
-        nearest = E.Prefetch(limit=query.candidates, query=dense, filter=where)
+        params = _search_params(query)
+        nearest = E.Prefetch(limit=query.candidates, query=dense, filter=where, params=params)
         sources += [Source(dense, dense_weight, []), Source(by_region, regions_weight, [nearest])]
     if query.text is not None:
         sources.append(Source(E.TextQuery("caption", query.text), text_weight, []))
     return [source for source in sources if source.weight > 0]
+
+
+def _search_params(query: Query) -> Any:
+    """How a quantised search and HNSW look; None: as the engine likes."""
+    quantisation = None
+    if query.oversampling is not None:
+        quantisation = E.QuantizationSearchParams(
+            rescore=query.oversampling > 0, oversampling=query.oversampling or None
+        )
+    if quantisation is None and query.ef is None:
+        return None
+    return E.SearchParams(hnsw_ef=query.ef, quantization=quantisation)
 
 
 def _wanted_vectors(query: Query) -> tuple[tuple[str, bool], ...]:

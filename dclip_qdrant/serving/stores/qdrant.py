@@ -27,6 +27,7 @@ from dclip_qdrant.serving.stores.base import (
     pick,
     rrf,
     stored_vectors,
+    with_spec,
 )
 from dclip_qdrant.serving.stores.qdrant_connection import (
     METADATA,
@@ -200,6 +201,9 @@ class Qdrant:
     def _text_spec(self) -> TextSpec:
         return TextSpec(**self._metadata().get(META, {}).get("spec", {}).get("text", {}))
 
+    def _vector_specs(self) -> dict[str, Any]:
+        return self._metadata().get(META, {}).get("spec", {}).get("vectors", {})
+
     def _has_sparse(self) -> bool:
         return SPARSE in (self._params().sparse_vectors or {})
 
@@ -368,7 +372,8 @@ class Qdrant:
 
     def query(self, query: Query) -> list[ScoredPoint]:
         widths, names = self._widths(), self._names()
-        query = replace(query, candidates=self._allowed(query))
+        query = with_spec(replace(query, candidates=self._allowed(query)), self._vector_specs())
+        params = _search_params(query)
         where = conditions(tuple(replace(c, key=names.field(c.key)) for c in query.where), query.exclude)
         sources = self._sources(query, widths, names, where)
         if len(sources) > 1 and self.connection.version() < WEIGHTED_RRF:
@@ -381,6 +386,7 @@ class Qdrant:
                 limit=query.candidates,
                 filter=None if s.candidates else where,
                 prefetch=s.candidates,
+                params=params,
             )
             for s in sources
         ]
@@ -428,7 +434,10 @@ class Qdrant:
         if query.vector is not None:
             image, regions = names.vector("image"), names.vector("regions")
             dense = widths.cut(query.vector, "image")
-            nearest = m.Prefetch(query=dense, using=image, limit=query.candidates, filter=where)
+            params = _search_params(query)
+            nearest = m.Prefetch(
+                query=dense, using=image, limit=query.candidates, filter=where, params=params
+            )
             sources.append(Source(dense, image, dense_weight))
             by_region = [widths.cut(query.vector, "regions")]
             sources.append(Source(by_region, regions, regions_weight, nearest))
@@ -451,11 +460,8 @@ class Qdrant:
             "with_payload": query.with_payload,
             "with_vectors": vectors or False,
         }
-        if query.oversampling is not None:
-            quantisation = m.QuantizationSearchParams(
-                rescore=query.oversampling > 0, oversampling=query.oversampling or None
-            )
-            options["search_params"] = m.SearchParams(quantization=quantisation)
+        if (params := _search_params(query)) is not None:
+            options["search_params"] = params
         return options
 
     def _fused_here(self, query: Query, widths: Widths, names: Names) -> list[ScoredPoint]:
@@ -503,6 +509,18 @@ class Qdrant:
     def close(self) -> None:
         if self.alone:
             self.connection.close()
+
+
+def _search_params(query: Query) -> m.SearchParams | None:
+    """How a quantised search and HNSW look; None: as the engine likes."""
+    quantisation = None
+    if query.oversampling is not None:
+        quantisation = m.QuantizationSearchParams(
+            rescore=query.oversampling > 0, oversampling=query.oversampling or None
+        )
+    if quantisation is None and query.ef is None:
+        return None
+    return m.SearchParams(hnsw_ef=query.ef, quantization=quantisation)
 
 
 def _multivector(vector: VectorSpec) -> m.MultiVectorConfig | None:

@@ -70,6 +70,7 @@ class Service:
             ("/page/{name}", self.page, "GET", False),
             ("/api/info", self.info, "GET", True),
             ("/api/search", self.search, "POST", True),
+            ("/api/start/{collection}", self.start, "GET", True),
             ("/api/labels/{collection}", self.labels, "GET", True),
             ("/api/picture/{collection}/{id}", self.picture, "GET", True),
         ]
@@ -299,6 +300,9 @@ class Service:
         return JSONResponse(
             await self._in_thread(self._gallery().search, parse_json(await self._body(request)))
         )
+
+    async def start(self, request: Request) -> Response:
+        return JSONResponse(await self._in_thread(self._gallery().start, request.path_params["collection"]))
 
     async def labels(self, request: Request) -> Response:
         return JSONResponse(

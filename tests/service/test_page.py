@@ -175,15 +175,16 @@ def test_a_picture_is_the_query(page, scenes_folder):
     page.check("[value=hybrid]")
     page.locator("#status", has_text="no words").wait_for()
     page.check("[value=dense]")
-    page.click("#example-clear")
-    assert page.locator("#example").is_hidden()
+    page.click("#examples button")
+    assert page.locator("#examples").is_hidden()
+    page.locator("#status", has_text="Some of the pictures").wait_for()
 
 
 def test_the_keyboard_reaches_everything(page):
     ask(page)
     page.focus("#text")
     seen = set()
-    for _ in range(40):
+    for _ in range(60):
         page.keyboard.press("Tab")
         seen.add(
             page.evaluate(
@@ -205,6 +206,150 @@ def test_the_link_brings_the_search_back(page, service):
     assert page.input_value("#text") == "two circles"
 
 
+def test_a_newcomer_sees_pictures_and_what_to_try(page):
+    page.locator("#status", has_text="Some of the pictures in first").wait_for()
+    assert page.locator(".hit").count() == 24
+    words = page.locator("#tries button").first.inner_text()
+    page.locator("#tries button").first.click()
+    page.locator("#status", has_text="hits").wait_for()
+    assert page.input_value("#text") == words
+    assert page.locator("#tries").is_hidden()
+
+
+def test_more_and_less_like_this(page):
+    ask(page)
+    keys = page.locator(".hit .what").all_inner_texts()
+    page.locator(".hit [aria-label='More like this']").first.click()
+    page.locator("#examples .like").wait_for()
+    page.locator("#status", has_text="hits").wait_for()
+    page.locator(".hit [aria-label='Less like this']").nth(1).click()
+    page.locator("#examples .unlike").wait_for()
+    page.locator("#status", has_text="hits").wait_for()
+    assert "like=" in page.url
+    assert "unlike=" in page.url
+    assert page.locator(".hit .what").all_inner_texts() != keys
+    page.locator("#examples .like button").click()
+    page.locator("#examples .unlike button").click()
+    page.locator("#status", has_text="hits").wait_for()
+    page.locator(f".hit .what >> text={keys[0]}").first.wait_for()
+
+
+def test_back_brings_the_search_before_with_its_filters(page):
+    label = page.locator("#labels button").first
+    ask(page, "a red square")
+    label.click()
+    page.locator("#status", has_text="hits").wait_for()
+    assert "label=" in page.url
+    ask(page, "two circles")
+    page.fill("#filter", "width>=1")
+    page.press("#filter", "Enter")
+    page.locator("#status", has_text="hits").wait_for()
+    page.go_back()
+    page.go_back()
+    for _ in range(100):
+        if page.input_value("#text") == "a red square":
+            break
+        page.wait_for_timeout(100)
+    assert page.input_value("#text") == "a red square"
+    assert page.locator("#labels button").first.get_attribute("aria-pressed") == "true"
+    assert page.input_value("#filter") == ""
+
+
+def test_arrows_walk_between_hits(page):
+    ask(page)
+    loaded(page)
+    page.locator(".frame").first.focus()
+    page.keyboard.press("ArrowRight")
+    at = "[...document.querySelectorAll('.frame')].indexOf(document.activeElement)"
+    assert page.evaluate(at) == 1
+    page.keyboard.press("ArrowDown")
+    assert page.evaluate(at) > 2
+    page.keyboard.press("Enter")
+    before = page.inner_text("#zoom-text")
+    page.keyboard.press("ArrowRight")
+    assert page.inner_text("#zoom-text") != before
+    page.keyboard.press("ArrowLeft")
+    assert page.inner_text("#zoom-text") == before
+    page.keyboard.press("Escape")
+
+
+def test_two_students_show_how_ranks_differ(page):
+    page.select_option("#right", "second")
+    ask(page)
+    first, second = (page.locator(".panel").nth(n) for n in range(2))
+    order = first.locator(".what").all_inner_texts()
+    moves = second.locator(".score").all_inner_texts()
+    assert all("·" in move for move in moves)
+    assert not any("▲" in text or "▼" in text for text in first.locator(".score").all_inner_texts())
+    for rank, (caption, move) in enumerate(
+        zip(second.locator(".what").all_inner_texts(), moves, strict=True)
+    ):
+        if order.count(caption) == 1 and caption in order:
+            by = order.index(caption) - rank
+            assert move.endswith("=" if by == 0 else f"▲{by}" if by > 0 else f"▼{-by}")
+
+
+def test_a_service_that_is_gone_is_said_and_nothing_old_is_shown(browser, service):
+    context = browser.new_context()
+    page = context.new_page()
+    page.goto(service)
+    page.wait_for_selector(".hit")
+    ask(page)
+    page.route("**/api/search", lambda route: route.abort())
+    page.fill("#text", "two circles")
+    page.press("#text", "Enter")
+    page.locator("#status", has_text="doesn't answer").wait_for()
+    assert page.locator(".hit").count() == 0
+    page.unroute("**/api/search")
+    page.route("**/api/search", lambda route: route.fulfill(status=502, body="<html>Bad gateway</html>"))
+    page.press("#text", "Enter")
+    page.locator("#status", has_text="no JSON").wait_for()
+    context.close()
+
+
+def test_a_picture_that_cant_be_shown_is_no_broken_frame(browser, service):
+    context = browser.new_context()
+    page = context.new_page()
+    page.route("**/api/picture/**", lambda route: route.fulfill(status=404, body="{}"))
+    page.goto(service + "/?q=a+red+square&in=first")
+    page.locator(".hit .gone").first.wait_for()
+    assert page.locator(".hit img").count() == 0
+    assert "--pictures" in page.locator(".hit .gone").first.inner_text()
+    context.close()
+
+
+def test_what_hardly_fits_is_grey(browser, service):
+    """With a probability that `tune` left: here the answer is made to have one."""
+    import json
+
+    def with_probability(route):
+        answer = route.fetch()
+        found = answer.json()
+        for rank, hit in enumerate(found["hits"]):
+            hit["probability"] = 0.9 if rank < 3 and "square" in route.request.post_data else 0.1
+        route.fulfill(status=200, content_type="application/json", body=json.dumps(found))
+
+    context = browser.new_context()
+    page = context.new_page()
+    page.route("**/api/search", with_probability)
+    page.goto(service + "/?q=a+red+square&in=first")
+    page.locator("#status", has_text="3 hits in").wait_for()
+    assert page.locator(".hit.unlikely").count() == 21
+    assert "90%" in page.locator(".score").first.inner_text()
+    page.fill("#text", "two circles")
+    page.press("#text", "Enter")
+    page.locator("#status", has_text="Nothing here seems to fit").wait_for()
+    context.close()
+
+
+def test_without_javascript_the_page_says_what_to_do(browser, service):
+    context = browser.new_context(java_script_enabled=False)
+    page = context.new_page()
+    page.goto(service)
+    assert "dclip-qdrant search" in page.inner_text("noscript")
+    context.close()
+
+
 def test_nothing_typed_says_so(page):
     page.click("button.primary")
     assert "Type some words" in page.inner_text("#status")
@@ -216,6 +361,9 @@ def test_on_a_phone_nothing_sticks_out(browser, service):
     page.goto(service + "/?q=a+red+square&in=first&beside=second&mode=regions")
     page.wait_for_selector(".hit")
     assert page.evaluate("document.documentElement.scrollWidth") <= 375
+    # the controls are folded: at most a quarter of the screen before a search's hits
+    assert page.locator("#controls").get_attribute("open") is None
+    assert page.locator("header").bounding_box()["height"] < 740 / 4
     folder = os.environ.get("DCLIP_SCREENSHOTS")
     if folder:
         page.wait_for_timeout(800)
@@ -231,9 +379,8 @@ def test_captions_are_text_not_html(page):
         ),
     )
     page.evaluate(
-        "document.querySelector('#panels').replaceChildren(panel('c', {student: 's', hits: "
-        "[{id: 'x', score: 1, key: 'k', caption: '<img src=x onerror=alert(1)>', width: "
-        "10, height: 10}]}))"
+        "draw([{collection: 'c', answer: {student: 's', cutoff: 0.5, hits: [{id: 'x', score: 1, key: 'k', "
+        "caption: '<img src=x onerror=alert(1)>', width: 10, height: 10}]}}])"
     )
     assert page.locator(".hit .what img").count() == 0
     assert page.locator(".hit .what").inner_text().startswith("<img")

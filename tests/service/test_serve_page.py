@@ -58,6 +58,67 @@ def test_page_info_search_labels_picture(filled, student):
     assert like["hits"][0]["id"] == found["hits"][0]["id"]
 
 
+def test_text_picture_and_examples_together_are_what_the_library_finds(filled, scenes_folder):
+    ids = [h["id"] for h in filled.get("/api/start/scenes").json()["hits"][:3]]
+    picture = (scenes_folder / "images" / "train-00001.jpg").read_bytes()
+    body = {"collection": "scenes", "text": "a red ball", "like": ids[:2], "unlike": ids[2:], "limit": 5}
+    body |= {"image": b64(picture), "minus": "a blue ring"}
+    found = filled.post("/api/search", json=body).json()["hits"]
+    assert len(found) == 5
+    assert not {h["id"] for h in found} & set(ids)
+    alone = filled.post("/api/search", json={"collection": "scenes", "text": "a red ball", "limit": 5}).json()
+    assert [h["id"] for h in found] != [h["id"] for h in alone["hits"]]
+
+
+def test_what_is_there_before_a_search(filled):
+    begin = filled.get("/api/start/scenes").json()
+    assert len(begin["hits"]) == 24
+    assert all("payload" not in hit and hit["caption"] for hit in begin["hits"])
+    assert 1 <= len(begin["examples"]) <= 6
+    assert begin["tuned"] is False
+    captions = {hit["caption"].split("\n")[0] for hit in begin["hits"]}
+    assert set(begin["examples"]) <= captions
+    assert filled.get("/api/start/gone").status_code == 404
+
+
+def test_pictures_that_moved_or_have_relative_names_are_shown_from_their_folder(
+    student_folder, tmp_path, monkeypatch
+):
+    """What their payload names isn't there: --pictures says where they are, their hash that they are they."""
+    from dclip_qdrant.pictures.images import content_hash
+    from dclip_qdrant.serving.collection import metadata_of
+    from dclip_qdrant.serving.items import point_id
+    from dclip_qdrant.serving.stores import Point
+
+    monkeypatch.chdir(tmp_path)
+    now = tmp_path / "now"
+    (now / "a").mkdir(parents=True)
+    (now / "a" / "1.png").write_bytes(png())
+    (tmp_path / "outside.png").write_bytes(png())
+    s = Student.load(student_folder)
+    store = open_store("c", edge=str(tmp_path / "edge"))
+    store.create(CollectionSpec.load(), s.dim, metadata_of(s))
+    rows = {
+        "a/1.png": ("/gone/a/1.png", content_hash(png())),
+        "relative": ("a/1.png", content_hash(png())),
+        "climbs": ("../outside.png", content_hash(png())),
+        "other": ("a/1.png", content_hash(b"of another picture")),
+        "odd\0name": ("a\0b.png", content_hash(png())),
+    }
+    vector = np.ones(s.dim, np.float32)
+    store.upsert(
+        [
+            Point(point_id(key), vector, None, {"key": key, "uri": uri, "content_hash": content})
+            for key, (uri, content) in rows.items()
+        ]
+    )
+    store.close()
+    service = build_service([str(student_folder)], edge=str(tmp_path / "edge"), pictures=[str(now)])
+    with TestClient(service.app, base_url="http://localhost") as client:
+        shown = {key: client.get(f"/api/picture/c/{point_id(key)}").status_code for key in rows}
+    assert shown == {"a/1.png": 200, "relative": 200, "climbs": 404, "other": 404, "odd\0name": 404}
+
+
 def test_a_collection_that_somebody_has_open_is_said(student_folder, tmp_path):
     store = open_store("c", edge=str(tmp_path))
     prepare_collection(store, Student.load(student_folder), CollectionSpec.load())
@@ -76,8 +137,13 @@ def test_a_collection_that_somebody_has_open_is_said(student_folder, tmp_path):
         ({}, 400, "collection"),
         ({"collection": "gone", "text": "a"}, 404, "no collection"),
         ({"collection": "../scenes", "text": "a"}, 404, "no collection"),
-        ({"collection": "scenes"}, 400, "a text or an image"),
-        ({"collection": "scenes", "text": "a", "image": "b"}, 400, "a text or an image"),
+        ({"collection": "scenes"}, 400, "a text, an image or an example"),
+        ({"collection": "scenes", "unlike": ["x"]}, 400, "a text, an image or an example"),
+        ({"collection": "scenes", "minus": "a"}, 400, "a text, an image or an example"),
+        ({"collection": "scenes", "like": ["nobody"]}, 400, "no picture 'nobody'"),
+        ({"collection": "scenes", "like": "nobody"}, 400, "like: expected a list"),
+        ({"collection": "scenes", "like": ["x"] * 17}, 400, "at most 16"),
+        ({"collection": "scenes", "text": "a", "minus": ""}, 400, "minus.data: an empty text"),
         ({"collection": "scenes", "text": "a", "mode": "magic"}, 400, "mode"),
         ({"collection": "scenes", "text": "a", "limit": 0}, 400, "limit"),
         ({"collection": "scenes", "text": "a", "limit": 10**9}, 400, "limit"),

@@ -73,10 +73,11 @@ def tune_command(
     form: str,
     quiet: bool,
 ) -> None:
-    """Finds hybrid search's weights on your own captions, and from which score on something was found, and
-    stores both in the collection; `search --mode hybrid` and `search --min-probability` then use them.
+    """Finds hybrid search's weights and from which score on something was found, on your own captions.
 
-    Both are chosen on one half of the pictures and measured on the other. Captions that stand in the
+    Both are stored in the collection, where `search --mode hybrid` and `search --min-probability` find them.
+
+    They are chosen on one half of the pictures and measured on the other. Captions that stand in the
     collection word for word are left out.
     """
     from dclip_qdrant.cli.progress import Progress

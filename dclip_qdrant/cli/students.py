@@ -54,10 +54,11 @@ if TYPE_CHECKING:
     help="Also measure what an index leaves of it: qdrant-edge in a temporary folder, or a server.",
 )
 @click.option(
-    "--index",
-    "settings",
+    "--settings",
+    cls=RenamedOption,
+    former=["--index"],
     metavar="SETTING,SETTING",
-    help="Of --through: KIND[@DIM][+rescore[N]], KIND float32, float16, int8, turbo4, turbo2 or binary.",
+    help="Of --through: KIND[@DIM][+rescore[N]][+efN], KIND float32, float16, int8, turbo4, turbo2, binary.",
 )
 @click.option(
     "--beside",

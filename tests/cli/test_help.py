@@ -91,7 +91,7 @@ def test_former_names_are_understood_and_not_shown(path, option, flag):
 
 
 def test_all_former_names_are_there():
-    assert {flag for _, _, flag in FORMER} == {"--weights", "--split", "--base", "--student"}
+    assert {flag for _, _, flag in FORMER} == {"--weights", "--split", "--base", "--student", "--index"}
 
 
 LISTS = ("recipes list", "collections", "inspect", "search", "evaluate", "tune")

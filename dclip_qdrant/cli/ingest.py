@@ -62,6 +62,18 @@ max_megapixels_option = click.option(
     callback=lambda _, __, count: count * 1_000_000 if count else None,
     help="Of a picture; larger ones are rejected. Each takes 3 MB of memory and more.  [default: 89]",
 )
+read_as_option = click.option(
+    "--as",
+    "read_as",
+    type=click.Choice(["folder", "csv", "jsonl", "json", "token", "tar", "parquet"]),
+    help="What SOURCE is read as.  [default: what is found in it]",
+)
+prune_option = click.option(
+    "--prune", is_flag=True, help="Delete points whose picture is gone from the source's folder."
+)
+verify_option = click.option(
+    "--verify", is_flag=True, help="Read every file, also one whose size and time are those that are stored."
+)
 replace_option = click.option("--replace", is_flag=True, help="A key that another picture has is taken over.")
 
 
@@ -79,12 +91,7 @@ replace_option = click.option("--replace", is_flag=True, help="A key that anothe
 @top_k_option
 @spec_option
 @images_option
-@click.option(
-    "--as",
-    "read_as",
-    type=click.Choice(["folder", "csv", "jsonl", "json", "token", "tar", "parquet"]),
-    help="What SOURCE is read as.  [default: what is found in it]",
-)
+@read_as_option
 @splits_option
 @captions_option
 @prefix_option
@@ -105,7 +112,8 @@ replace_option = click.option("--replace", is_flag=True, help="A key that anothe
 )
 @replace_option
 @click.option("--limit", type=click.IntRange(1), help="Stop after so many pictures.")
-@click.option("--prune", is_flag=True, help="Delete points whose picture is gone from the source's folder.")
+@prune_option
+@verify_option
 @max_megapixels_option
 @rejects_option
 @threads_option
@@ -133,6 +141,7 @@ def ingest_command(
     replace: bool,
     limit: int | None,
     prune: bool,
+    verify: bool,
     max_pixels: int | None,
     rejects: str | None,
     threads: int | None,
@@ -185,6 +194,7 @@ def ingest_command(
                 top_k=top_k,
                 threads=threads,
                 max_pixels=max_pixels,
+                verify=verify,
             )
             report, guest = ingest_into(
                 source, embedder, cast("Qdrant", store), field=into_existing, **shared
@@ -203,6 +213,7 @@ def ingest_command(
                 layout=layout,
                 prune=prune,
                 max_pixels=max_pixels,
+                verify=verify,
                 **shared,
             )
             left = None
@@ -231,10 +242,14 @@ def ingest_command(
 @top_k_option
 @spec_option
 @images_option
+@read_as_option
 @splits_option
 @captions_option
 @prefix_option
 @replace_option
+@prune_option
+@verify_option
+@max_megapixels_option
 @rejects_option
 @click.option(
     "--actors", type=click.IntRange(1), help="Embedders.  [default: one for every four CPUs, or one a GPU]"
@@ -254,10 +269,14 @@ def ingest_on_ray_command(
     top_k: int,
     spec: str,
     images_root: str | None,
+    read_as: str | None,
     splits: tuple[str, ...],
     captions: int | None,
     prefix: str,
     replace: bool,
+    prune: bool,
+    verify: bool,
+    max_pixels: int | None,
     rejects: str | None,
     actors: int | None,
 ) -> None:
@@ -298,9 +317,14 @@ def ingest_on_ray_command(
         spec=CollectionSpec.load(spec),
         splits=splits,
         captions=captions,
+        read_as=read_as,
+        prune=prune,
+        verify=verify,
+        max_pixels=max_pixels,
     )
     connect()
     report = ingest(request)
+    front.say(report.line().replace("`prune`", "--prune"))
     click.echo(json.dumps({"collection": collection} | report.row()))
     raise_rejected(report, source, rejects)
 

@@ -2,7 +2,6 @@
 reads, judges and embeds; a Datasink writes."""
 
 import json
-import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,12 +28,11 @@ from dclip_qdrant.serving.ingest import (
     write_points,
 )
 from dclip_qdrant.serving.items import Item, Payload, RejectsFile, Report, point_id
+from dclip_qdrant.serving.prune import local_root, note_gone
 from dclip_qdrant.serving.stores import Point, open_store
 from dclip_qdrant.serving.student import TOP_K, Student
 from dclip_qdrant.tables import storage
 from dclip_qdrant.tables.contracts import EMBEDDINGS
-
-logger = logging.getLogger(__name__)
 
 BATCH = 64
 
@@ -57,6 +55,10 @@ class IngestRequest:
     spec: CollectionSpec | None = None
     splits: tuple[str, ...] = field(default=())
     captions: int | None = None
+    read_as: str | None = None
+    prune: bool = False
+    verify: bool = False
+    max_pixels: int | None = None
 
 
 class SharedKeys:
@@ -99,6 +101,8 @@ class Embed:
             regions=load_regions(request.regions) if request.regions else None,
             top_k=request.top_k,
             threads=max(2, threads),
+            max_pixels=request.max_pixels,
+            verify=request.verify,
         )
         self.prefix, self.captions = request.prefix, request.captions
         self.judge = PictureJudge(self.embedder, replace=request.replace, keys=SharedKeys(keeper))
@@ -106,7 +110,6 @@ class Embed:
 
     def __call__(self, table: pa.Table) -> pa.Table:
         items = [Item.of(_picture(row), self.prefix, self.captions) for row in table.to_pylist()]
-        items = self.embedder.read(items)
         points = iter(self.embedder.forward(judge_and_prepare(items, self.judge, self.embedder, self.stored)))
         # embedding keeps the order of the items that got a point
         return EMBEDDINGS.table([_row(item, next(points) if item.pending else None) for item in items])
@@ -164,7 +167,10 @@ def ingest(request: IngestRequest) -> Report:
     Raises:
         MismatchError: another student filled the collection. UsageError: nothing to read. StoreError.
     """
-    layout = open_source(request.source, images_root=request.images_root, captions=False)
+    layout = open_source(
+        request.source, images_root=request.images_root, captions=False, read_as=request.read_as
+    )
+    root = local_root(layout.top, request.images_root, must=request.prune)
     snapshot = None
     store = open_store(**request.store)
     try:
@@ -203,11 +209,14 @@ def ingest(request: IngestRequest) -> Report:
             total.add_rejects(rejected)
             rejects.write(rejected)
     total.note_left_out(layout.kind, account.left_out())
-    if total.embedded:
-        store = open_store(**request.store)
-        store.finish()
+    store = open_store(**request.store)
+    try:
+        if total.embedded:
+            store.finish()
+        if root is not None:
+            note_gone(total, store, root, delete=request.prune)
+    finally:
         store.close()
-    logger.info(total.line())
     return total
 
 

@@ -1,6 +1,8 @@
 """Items -> points: decode, find regions, embed. The same for the command line, Ray, reindexing and guests."""
 
 import os
+import stat
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
@@ -19,6 +21,7 @@ from dclip_qdrant.serving.student import TOP_K, Student
 Layout = Literal["flat", "langchain"]
 Prepared = tuple[Item, list[np.ndarray]]  # a picture and its pixels: [S, S, 3] of itself and each region
 
+SETTLED = 2.0  # seconds since a file was written; file systems keep times to two
 PIXELS_TOGETHER = 64_000_000  # that are decoded at once: 192 MB, and what decoders need beside it
 SEEN = ("width", "height", "boxes", "scores", "labels")  # of a payload: what the picture itself shows
 
@@ -40,9 +43,12 @@ class Embedder:
         threads: int | None = None,
         layout: Layout = "flat",
         max_pixels: int | None = None,
+        verify: bool = False,
     ) -> None:
-        """`max_pixels`: of a picture; larger ones are rejected. None: images.MAX_PIXELS."""
+        """`max_pixels`: of a picture; larger ones are rejected. None: images.MAX_PIXELS. `verify`: reads also
+        files whose size and time are those that are stored."""
         self.student = student
+        self.verify = verify
         self.max_pixels = images.allow(max_pixels)
         self.detector = detector
         self.regions = regions
@@ -58,9 +64,11 @@ class Embedder:
             return f"{self.detector.fingerprint}/{self.top_k}/{self.context}"
         return f"file/{self.top_k}/{self.context}" if self.regions is not None else None
 
-    def read(self, items: Sequence[Item]) -> list[Item]:
-        """Fills in bytes and hashes, on threads; items that can't be read get their `error`."""
-        return list(self.pool.map(_read, items))
+    def read(self, items: Sequence[Item], stored: Mapping[str, Payload] | None = None) -> list[Item]:
+        """Fills in bytes and hashes, on threads; items that can't be read get their `error`. A file whose
+        size and time are those that are `stored` (payloads by id) isn't read: its hash is the stored one."""
+        known = {} if self.verify or stored is None else stored
+        return list(self.pool.map(lambda item: _read(item, known.get(item.id)), items))
 
     def embed(self, items: Sequence[Item]) -> list[Point]:
         """Decodes, finds regions, embeds. Items that fail get their `error` and no point."""
@@ -69,7 +77,11 @@ class Embedder:
     def prepare(self, items: Sequence[Item]) -> list[Prepared]:
         """Everything that comes before the student's image tower: decodes, finds regions, resizes. Items
         that fail get their `error` and are left out."""
-        return [prepared for some in _by_pixels(items) for prepared in self._prepare(some)]
+        unread = [item for item in items if not item.data]
+        if unread:  # the same file with other words or another detector
+            self.read(unread)
+        there = [item for item in items if item.error is None]
+        return [prepared for some in _by_pixels(there) for prepared in self._prepare(some)]
 
     def _prepare(self, items: Sequence[Item]) -> list[Prepared]:
         decoded = [
@@ -132,6 +144,8 @@ class Embedder:
         }
         if item.picture.split:
             own["split"] = item.picture.split
+        if item.file_state:
+            own["file_state"] = item.file_state
         extra = item.picture.extra
         if self.layout == "langchain":  # what its QdrantVectorStore reads, beside what our own search reads
             metadata = {name: own[name] for name in ("key", "uri", "labels", "width", "height")}
@@ -139,15 +153,40 @@ class Embedder:
         return {(f"source_{name}" if name in own else name): value for name, value in extra.items()} | own
 
 
-def _read(item: Item) -> Item:
-    if item.pending:
-        try:
-            picture = item.picture
-            item.data = picture.image if picture.image is not None else images.read(picture.uri)
-            item.content_hash = images.content_hash(item.data)
-        except ImageError as e:
-            item.error = e
+def _read(item: Item, stored: Payload | None = None) -> Item:
+    if not item.pending:
+        return item
+    picture = item.picture
+    try:
+        if picture.image is not None:
+            item.data = picture.image
+        else:
+            item.file_state = file_state(picture.uri)
+            if item.file_state and stored and _is_stored(item, stored):
+                item.content_hash = stored["content_hash"]
+                return item
+            item.data = images.read(picture.uri)
+        item.content_hash = images.content_hash(item.data)
+    except ImageError as e:
+        item.error = e
     return item
+
+
+def _is_stored(item: Item, stored: Payload) -> bool:
+    same_file = (stored.get("uri"), stored.get("file_state")) == (item.picture.uri, item.file_state)
+    return same_file and bool(stored.get("content_hash"))
+
+
+def file_state(uri: str) -> str:
+    """Size and time of a file of this machine; "" for others, and for one that was written a moment ago: it
+    could be written again without looking any different."""
+    try:
+        state = os.stat(uri)
+    except (OSError, ValueError):
+        return ""
+    if not stat.S_ISREG(state.st_mode) or time.time() - state.st_mtime < SETTLED:
+        return ""
+    return f"{state.st_size}/{state.st_mtime_ns}"
 
 
 def _by_pixels(items: Sequence[Item]) -> Iterator[list[Item]]:

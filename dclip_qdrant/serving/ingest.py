@@ -122,16 +122,25 @@ class PictureJudge:
         # as an engine gives it back: JSON has no tuples
         wanted = json.loads(json.dumps(self.embedder.payload_of(item, there)))
         have = {name: there.get(name) for name in wanted} if self.shared else there
-        if have == wanted:
-            item.unchanged = True
-        else:
+        if _said(have) != _said(wanted):
             item.renewed = wanted
+            return
+        item.unchanged = True
+        if item.file_state != have.get("file_state", ""):
+            item.restated = wanted
+
+
+def _said(payload: Payload) -> Payload:
+    """What a payload says of a picture; its file's time is for us alone."""
+    return {name: value for name, value in payload.items() if name != "file_state"}
 
 
 def judge_and_prepare(items: Sequence[Item], judge: Judge, embedder: Embedder, sink: Sink) -> list[Prepared]:
-    """Items that were read -> the pictures to embed."""
-    ids = [i.id for i in items if i.error is None]
-    judge(items, sink.payloads(ids, None))
+    """Reads the items, as far as what is stored doesn't say that they are known, and judges them -> the
+    pictures to embed."""
+    stored = sink.payloads([i.id for i in items if i.error is None], None)
+    embedder.read(items, stored)
+    judge(items, stored)
     return embedder.prepare([i for i in items if i.pending])
 
 
@@ -169,14 +178,15 @@ def run(
     report = Report()
 
     def next_window() -> tuple[list[Item], list[Prepared]]:
-        window = embedder.read(list(islice(items, WINDOW)))
+        window = list(islice(items, WINDOW))
         return window, judge_and_prepare(window, judge, embedder, sink)
 
     def write(window: list[Item], points: list[Point]) -> None:
         refused = write_points(sink, points)
         renewed = {i.id: i.renewed for i in window if i.renewed is not None and i.error is None}
-        if renewed:
-            sink.set_payloads(renewed)
+        restated = {i.id: i.restated for i in window if i.restated is not None}
+        if renewed or restated:
+            sink.set_payloads(renewed | restated)
         rejected = refused + [i.reject_row() for i in window if i.error is not None]
         rejects_file.write(rejected)
         report.seen += len(window)
@@ -276,6 +286,7 @@ def ingest(
     threads: int | None = None,
     layout: Layout = "flat",
     max_pixels: int | None = None,
+    verify: bool = False,
     progress: Progress = lambda report: None,
 ) -> Report:
     """Creates the collection where there is none and fills it.
@@ -294,6 +305,7 @@ def ingest(
         prune: Delete points whose picture is gone from the source's folder; else they are counted, in
             collections of up to COUNT_GONE points.
         max_pixels: Of a picture; larger ones are rejected. None: 89 million.
+        verify: Read every file. Else one with the size and the time that are stored is taken for the same.
 
     Raises:
         MismatchError: another student filled the collection. UsageError: nothing to read.
@@ -309,6 +321,7 @@ def ingest(
         threads=threads,
         layout=layout,
         max_pixels=max_pixels,
+        verify=verify,
     )
     items = SourceItems(
         str(source),

@@ -43,10 +43,12 @@ class Item:
     carried: Payload | None = None
     data: bytes = b""
     content_hash: str = ""
+    file_state: str = ""  # size and time of its file; see embedder.file_state
     size: tuple[int, int] = (0, 0)
     regions: Regions = field(default_factory=Regions)
     unchanged: bool = False
     renewed: Payload | None = None
+    restated: Payload | None = None  # of an unchanged one whose file has another time
     error: DclipError | None = None
 
     @classmethod

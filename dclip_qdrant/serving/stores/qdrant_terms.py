@@ -17,6 +17,7 @@ OWN_FIELDS = frozenset(
         "key",
         "uri",
         "content_hash",
+        "file_state",
         "caption",
         "width",
         "height",

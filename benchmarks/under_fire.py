@@ -2,9 +2,10 @@
 the next version beside it and is killed (SIGKILL) again and again. Then an exact ledger of what the new
 version has: lost, stale and undeleted points.
 
-    python benchmarks/under_fire.py [--pictures 400] [--kills 3] [--url http://localhost:6333]
+    python benchmarks/under_fire.py [--pictures 400] [--kills 3] [--url http://localhost:6333 | --edge]
 
-Without --url it runs on the tests' stand-in of a Qdrant server.
+Without --url it runs on the tests' stand-in of a Qdrant server. With --edge it runs on an embedded
+collection, which one process can have open: there the writer has its turns between the kills.
 """
 
 import argparse
@@ -84,8 +85,13 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--url")
+    parser.add_argument("--edge", action="store_true")
     args = parser.parse_args()
     standin = None
+    if args.edge:
+        with tempfile.TemporaryDirectory(prefix="dclip-fire-") as root:
+            run_embedded(Path(root), args.pictures, args.kills, args.seed)
+        return
     if args.url is None:
         standin = qdrant_standin.Standin("http://127.0.0.1:9/")
         threading.Thread(target=standin.serve_forever, daemon=True).start()
@@ -147,6 +153,47 @@ def run(root: Path, url: str, pictures: int, kills: int, seed: int) -> None:
     print(f"{rounds} rounds of the writer: " + ", ".join(f"{n} {what}" for what, n in shop.count.items()))
     print(f"reindex killed {killed} times; its last run: {report.line()}")
     print(ledger(shop, students[1], here.open(f"fire-{seed}-live")))
+    here.close()
+
+
+def run_embedded(root: Path, pictures: int, kills: int, seed: int) -> None:
+    (root / "shop").mkdir()
+    students = [student(root / f"student-{i}", i) for i in range(2)]
+    shop, edge = Shop(root / "shop", seed), str(root / "edge")
+    for _ in range(pictures):
+        shop.add()
+
+    def write(rounds: int) -> None:
+        here = place(edge=edge)
+        for _ in range(rounds):
+            for _ in range(CHANGES):
+                shop.change()
+            shop.write()
+            ingest(shop.folder, students[0], here.open("old"), replace=True, prune=True)
+        here.close()
+
+    write(1)
+    here = place(edge=edge)
+    here.point("live", "old")
+    here.close()
+    command = [*CLI, "reindex", "--from", "old", "--to", "next", "--student", str(students[1].folder)]
+    command += ["--edge", edge, "--quiet", "--rejects", str(root / "rejects.jsonl")]
+    killed = 0
+    while killed < kills:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            process.wait(shop.random.uniform(0.4, 1.4))
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait(60)
+            killed += 1
+        write(5)
+    here = place(edge=edge)
+    _, report = reindex(here, "old", students[1], to="next")
+    promote(here, "live", "next", force=True)
+    print(", ".join(f"{n} {what}" for what, n in shop.count.items()))
+    print(f"reindex killed {killed} times; its last run: {report.line()}")
+    print(ledger(shop, students[1], here.open("live")))
     here.close()
 
 

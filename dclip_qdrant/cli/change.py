@@ -154,6 +154,15 @@ def tune_command(
     default="dense",
     help="How golden queries are asked.",
 )
+@click.option(
+    "--bridge",
+    type=click.IntRange(100),
+    metavar="N",
+    help=(
+        "Embed N pictures, learn from them how old vectors lie in the new student's space, fill the new "
+        "collection with mapped ones, then embed the rest: it can be promoted meanwhile."
+    ),
+)
 @rejects_option
 @place_options
 @threads_option
@@ -170,6 +179,7 @@ def reindex_command(
     split: str | None,
     old_student: str | None,
     mode: str,
+    bridge: int | None,
     rejects: str | None,
     url: str | None,
     edge: str | None,
@@ -211,6 +221,11 @@ def reindex_command(
             spec=CollectionSpec.load(spec),
             threads=threads,
             rejects=rejects,
+            bridge=bridge,
+            bridged=lambda count, likeness: front.say(
+                f"{to} can be searched and promoted: {count:,} points have mapped vectors (cosine "
+                f"{likeness:.2f} with true ones) until they are embedded"
+            ),
             progress=lambda report: bar(report.seen, report.line()),
         )
         bar.done()

@@ -21,6 +21,7 @@ from dclip_qdrant.serving.stores import Place, Store
 from dclip_qdrant.serving.student import Student
 
 PUSHED_TOGETHER = 64  # points a request
+LEARNED = ("search", "relevance")  # what `tune` left in a collection's metadata
 
 
 @dataclass(frozen=True)
@@ -217,6 +218,10 @@ def push(
         done, new = done + len(batch), new + len(fresh)
         progress(done, new)
     there.finish()
+    learned = {name: metadata[META][name] for name in LEARNED if metadata[META].get(name)}
+    theirs = there.metadata()
+    if any(theirs[META].get(name) != value for name, value in learned.items()):
+        there.set_metadata(theirs | {META: theirs[META] | learned})
     return done, new
 
 

@@ -30,6 +30,8 @@ LANGUAGE = Literal[
     "swedish",
     "turkish",
 ]  # that every engine has both a stemmer and stop words for
+# tenant is a keyword whose points lie together, for collections that many customers share
+PayloadIndex = Literal["keyword", "tenant", "uuid", "integer", "float", "bool", "datetime", "geo", "bm25"]
 META = "dclip"  # the key under which a collection's metadata holds ours
 
 
@@ -76,12 +78,21 @@ class CollectionSpec(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     about: str = ""
     vectors: dict[Literal["image", "regions"], VectorSpec] = Field(min_length=1)
-    payload_indexes: dict[str, Literal["keyword", "integer", "float", "bool", "datetime", "bm25"]] = {}
+    payload_indexes: dict[str, PayloadIndex] = {}
     text: TextSpec = TextSpec()
     indexing_threshold: int | None = Field(
         None,
         gt=0,
         description="KB of vectors from which HNSW and quantisation are used; null: the engine's own",
+    )
+    shards: int | None = Field(
+        default=None, gt=0, description="of a server's cluster; null: the server's own"
+    )
+    replicas: int | None = Field(default=None, gt=0, description="of each shard; null: the server's own")
+    write_consistency: int | None = Field(
+        default=None,
+        gt=0,
+        description="replicas that must have a write before it counts; null: the server's own",
     )
 
     @classmethod

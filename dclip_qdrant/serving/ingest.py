@@ -24,6 +24,7 @@ from dclip_qdrant.errors import DclipError, InputError, PointError
 from dclip_qdrant.pairs.readers import Account, SourcePicture, open_source
 from dclip_qdrant.pairs.region_files import load_regions
 from dclip_qdrant.pictures.regions import Regions
+from dclip_qdrant.serving.bridge import BRIDGED
 from dclip_qdrant.serving.collection import CollectionSpec, check_student, metadata_of
 from dclip_qdrant.serving.embedder import Embedder, Layout, Prepared
 from dclip_qdrant.serving.items import Item, Payload, RejectsFile, Report
@@ -115,6 +116,8 @@ class PictureJudge:
             do = "`prefix` NAME/ keeps sources apart, `replace` takes the new one"
             item.error = InputError(item.picture.uri, came, "one key, one picture", do)
             return
+        if there.get(BRIDGED):
+            return  # its vectors are mapped ones: here is the picture
         # vectors follow from these: the words are a vector of their own in some engines
         was = (there.get("content_hash"), there.get("caption") or "", there.get("detector"))
         if was != (item.content_hash, item.caption, self.embedder.regions_from):

@@ -2,12 +2,13 @@
 serving."""
 
 import datetime
-from collections.abc import Iterator, Sequence
-from itertools import islice
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain, islice
 
 from dclip_qdrant.errors import ImageError, InputError, UsageError
 from dclip_qdrant.pairs.readers import SourcePicture, read_any
 from dclip_qdrant.pictures.regions import CONTEXT, Regions
+from dclip_qdrant.serving.bridge import BRIDGED, fill, learn_from
 from dclip_qdrant.serving.collection import META, CollectionSpec, check_student, metadata_of
 from dclip_qdrant.serving.embedder import Embedder
 from dclip_qdrant.serving.ingest import WINDOW, Progress, run
@@ -43,6 +44,8 @@ def reindex(
     context: float = CONTEXT,
     threads: int | None = None,
     rejects: str | None = None,
+    bridge: int | None = None,
+    bridged: Callable[[int, float], None] = lambda count, likeness: None,
     progress: Progress = lambda report: None,
 ) -> tuple[Store, Report]:
     """Fills `to` (default: `version_name`) with every point of `old`, embedded by `student`. Run it again
@@ -52,6 +55,12 @@ def reindex(
     Payload is carried over whole, also what isn't ours; regions are the old one's boxes, so no detector is
     needed. Pictures are read again from where they were ingested from, or from `source` (tars and Parquet
     files hold pictures that no path of their own leads to).
+
+    Args:
+        bridge: Embed so many pictures, learn from them how the old student's vectors lie in the new one's
+            space (`bridge.py`), fill `to` with mapped vectors, then embed the rest. Once `bridged` was called
+            (with how many points, and the mean cosine of mapped and true vectors), `to` can be promoted: it
+            is filled on while it serves, and what writers changed in it since is left alone.
 
     Raises:
         MismatchError: `to` was filled by another student. UsageError: `to` is `old`. StoreError.
@@ -77,7 +86,18 @@ def reindex(
     if source:
         points = _points_of_source(old_store, source, images_root, prefix)
     embedder = Embedder(student, context=context, threads=threads)
-    items = _items(points, new_store, student)
+
+    def serves() -> bool:
+        return name in place.aliases().values()
+
+    if bridge:
+        first = list(islice(points, bridge))
+        items = _items(iter(first), new_store, student, serves)
+        run(items, _judge, embedder, new_store, progress=progress)
+        found = learn_from(old_store, new_store, [point for point, _, _ in first])
+        bridged(fill(found, old_store, new_store, student), found.likeness)
+        points = chain(first, points)
+    items = _items(points, new_store, student, serves)
     report = run(items, _judge, embedder, new_store, rejects=rejects, progress=progress)
     if new_store.metadata()[META].get("replaces") == old and name not in place.aliases().values():
         report.deleted = _drop_deleted(old_store, new_store)
@@ -119,12 +139,22 @@ def _points_of_source(store: Store, source: str, images_root: str | None, prefix
     yield from ((p.id, p.payload, None) for p in store.scroll() if p.id not in met)
 
 
-def _items(points: Iterator[OldPoint], new_store: Store, student: Student) -> Iterator[Item]:
-    """The old points on their way."""
+def _items(
+    points: Iterator[OldPoint], new_store: Store, student: Student, serves: Callable[[], bool]
+) -> Iterator[Item]:
+    """The old points on their way. Where the new collection `serves` already it is the newer one: only its
+    mapped vectors are replaced, what it says of pictures and which it has is left alone."""
     while window := list(islice(points, WINDOW)):
         there = new_store.payloads([point for point, _, _ in window], None)
+        leads = serves()
         for point, payload, picture in window:
-            yield _item(point, payload, picture, there.get(point), student)
+            own = there.get(point)
+            if leads and own is not None and own.get(BRIDGED):
+                payload = {name: value for name, value in own.items() if name != BRIDGED}
+            item = _item(point, payload, picture, own, student)
+            if leads and not (own and own.get(BRIDGED)):
+                item.unchanged, item.renewed, item.error = True, None, None
+            yield item
 
 
 def _item(
@@ -137,7 +167,7 @@ def _item(
     wanted = payload | {"student": student.model_name}
     if there == wanted:
         item.unchanged = True
-    elif there is not None and all(there.get(name) == payload.get(name) for name in EMBEDDED):
+    elif there is not None and not there.get(BRIDGED) and _same_vectors(there, payload):
         item.renewed = wanted
     if not uri or "content_hash" not in payload:
         came = "no uri or content_hash in its payload"
@@ -147,6 +177,10 @@ def _item(
     elif payload.get("labels"):
         item.regions = Regions.of_row(payload)
     return item
+
+
+def _same_vectors(there: Payload, payload: Payload) -> bool:
+    return all(there.get(name) == payload.get(name) for name in EMBEDDED)
 
 
 def _judge(items: Sequence[Item], stored: dict[str, Payload]) -> None:

@@ -375,3 +375,41 @@ def test_payloads_are_replaced_and_vectors_stay(full):
     for i, point in after.items():
         np.testing.assert_array_equal(point.image, before[i].image)
         assert point.payload == new.get(i, before[i].payload)
+
+
+def test_a_spec_says_how_a_cluster_spreads_and_indexes(monkeypatch, tmp_path, caplog):
+    spec = CollectionSpec.model_validate(
+        {
+            "vectors": {"image": {}},
+            "payload_indexes": {"shop": "tenant", "place": "geo", "serial": "uuid"},
+            "shards": 3,
+            "replicas": 2,
+            "write_consistency": 1,
+        }
+    )
+    server = open_store("c", url=":memory:")
+    made, indexes = {}, {}
+    create, index = server.client.create_collection, server.client.create_payload_index
+    monkeypatch.setattr(server.client, "create_collection", lambda *a, **k: made.update(k) or create(*a, **k))
+    monkeypatch.setattr(
+        server.client, "create_payload_index", lambda c, f, s, **k: indexes.update({f: s}) or index(c, f, s)
+    )
+    server.create(spec, D, metadata_of(FakeStudent))
+    spread = ("shard_number", "replication_factor", "write_consistency_factor")
+    assert [made[name] for name in spread] == [3, 2, 1]
+    assert indexes["shop"].is_tenant is True
+    assert [indexes[name].value for name in ("place", "serial")] == ["geo", "uuid"]
+    made.clear()
+    open_store("d", url=":memory:").create(CollectionSpec.load(), D, metadata_of(FakeStudent))
+    assert not made.keys() & set(spread)  # the server's own
+
+    edge = open_store("c", edge=str(tmp_path))
+    edge.create(spec, D, metadata_of(FakeStudent))
+    assert "shards and replicas are for servers" in caplog.text
+    vector = np.eye(1, D, dtype=np.float32)[0]
+    edge.upsert([Point(point_id("a"), vector, None, {"shop": "x", "place": {"lat": 1.0, "lon": 2.0}})])
+    assert [
+        h.payload["shop"]
+        for h in edge.query(Query(limit=1, vector=vector, where=(Condition("shop", "=", ("x",)),)))
+    ] == ["x"]
+    edge.close()

@@ -138,6 +138,10 @@ class Edge:
             raise StoreError(self.path, str(e).splitlines()[0][:300]) from e
 
     def create(self, spec: CollectionSpec, dim: int, metadata: dict[str, Any]) -> None:
+        if spec.shards or spec.replicas or spec.write_consistency:
+            logger.warning(
+                "%s: shards and replicas are for servers; an embedded collection is one", self.name
+            )
         shard = self.path / "shard"
         try:
             if shard.exists():
@@ -410,8 +414,12 @@ def _vector_params(vector: VectorSpec, dim: int, threshold: int | None) -> Any:
 def _index_params(kind: str, text: TextSpec) -> Any:
     if kind == "bm25":
         return E.TextIndexParams(scoring=E.TextScoringParams(), **words_options(text))
+    if kind == "tenant":
+        return E.KeywordIndexParams(is_tenant=True)
     return {
         "keyword": E.PayloadSchemaType.Keyword,
+        "uuid": E.PayloadSchemaType.Uuid,
+        "geo": E.PayloadSchemaType.Geo,
         "integer": E.PayloadSchemaType.Integer,
         "float": E.PayloadSchemaType.Float,
         "datetime": E.PayloadSchemaType.Datetime,

@@ -78,6 +78,12 @@ class Qdrant:
         options: dict[str, Any] = {}
         if threshold:
             options["optimizers_config"] = m.OptimizersConfigDiff(indexing_threshold=threshold)
+        spread = {
+            "shard_number": spec.shards,
+            "replication_factor": spec.replicas,
+            "write_consistency_factor": spec.write_consistency,
+        }
+        options |= {name: count for name, count in spread.items() if count is not None}
         if not self._scores_text() and "bm25" in spec.payload_indexes.values():
             version = ".".join(map(str, TEXT_SCORING))
             need("qdrant_edge", f"BM25 on a Qdrant server older than {version}")
@@ -114,7 +120,10 @@ class Qdrant:
         return self.connection.version() >= METADATA
 
     def _index(self, spec: CollectionSpec, names: Names) -> None:
-        kinds = {
+        kinds: dict[str, Any] = {
+            "tenant": m.KeywordIndexParams(type=m.KeywordIndexType.KEYWORD, is_tenant=True),
+            "uuid": m.PayloadSchemaType.UUID,
+            "geo": m.PayloadSchemaType.GEO,
             "keyword": m.PayloadSchemaType.KEYWORD,
             "integer": m.PayloadSchemaType.INTEGER,
             "float": m.PayloadSchemaType.FLOAT,

@@ -11,7 +11,7 @@ export MALLOC_TRIM_THRESHOLD_ := 100000000000
 export MALLOC_TOP_PAD_ := 67108864
 export GOMP_SPINCOUNT := 10000
 
-.PHONY: setup demo demo-long test test-long test-fast torture lint generated clean
+.PHONY: setup demo demo-long test test-long test-fast live torture lint generated clean
 
 setup: $(STAMP)
 
@@ -36,6 +36,12 @@ test-long: setup ## what takes minutes each: jobs that are killed, plans that ar
 
 test-fast: setup ## what needs neither Ray nor an export
 	$(BIN)/python -m pytest -m "not slow and not real and not long"
+
+live: setup      ## what needs a Qdrant server: make live QDRANT_URL=http://localhost:6333 [QDRANT_API_KEY=...]
+	@test -n "$(QDRANT_URL)" || { echo "make live QDRANT_URL=http://localhost:6333"; exit 2; }
+	QDRANT_URL=$(QDRANT_URL) $(BIN)/python -m pytest -m live -v -rs tests/serving
+	$(BIN)/python benchmarks/under_fire.py --url $(QDRANT_URL)
+	$(BIN)/python tests/torture/kills.py --kills 40 --url $(QDRANT_URL)
 
 torture: setup   ## 100 kills at random moments and 10,000 odd inputs: a quarter of an hour on 2 cores
 	timeout 3600 $(BIN)/python tests/torture/kills.py --kills 100

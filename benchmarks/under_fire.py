@@ -96,13 +96,15 @@ def main() -> None:
         standin = qdrant_standin.Standin("http://127.0.0.1:9/")
         threading.Thread(target=standin.serve_forever, daemon=True).start()
     url = args.url or standin.url
+    tag = f"dclip-fire-{time.time_ns()}"
     with tempfile.TemporaryDirectory(prefix="dclip-fire-") as root:
-        run(Path(root), url, args.pictures, args.kills, args.seed)
+        run(Path(root), url, args.pictures, args.kills, args.seed, tag)
+    qdrant_standin.clear(url, tag)
     if standin is not None:
         standin.shutdown()
 
 
-def run(root: Path, url: str, pictures: int, kills: int, seed: int) -> None:
+def run(root: Path, url: str, pictures: int, kills: int, seed: int, tag: str) -> None:
     (root / "shop").mkdir()
     students = [student(root / f"student-{i}", i) for i in range(2)]
     shop = Shop(root / "shop", seed)
@@ -110,9 +112,9 @@ def run(root: Path, url: str, pictures: int, kills: int, seed: int) -> None:
         shop.add()
     shop.write()
     here = place(url=url)
-    old, name = here.open(f"fire-{seed}"), f"fire-{seed}-next"
+    old, name = here.open(tag), f"{tag}-next"
     ingest(shop.folder, students[0], old)
-    here.point(f"fire-{seed}-live", old.name)
+    here.point(f"{tag}-live", old.name)
 
     stop = threading.Event()
 
@@ -149,10 +151,10 @@ def run(root: Path, url: str, pictures: int, kills: int, seed: int) -> None:
         rounds = writer.result(600)
         pool.shutdown()
     _, report = reindex(here, old.name, students[1], to=name)
-    promote(here, f"fire-{seed}-live", name, force=True)
+    promote(here, f"{tag}-live", name, force=True)
     print(f"{rounds} rounds of the writer: " + ", ".join(f"{n} {what}" for what, n in shop.count.items()))
     print(f"reindex killed {killed} times; its last run: {report.line()}")
-    print(ledger(shop, students[1], here.open(f"fire-{seed}-live")))
+    print(ledger(shop, students[1], here.open(f"{tag}-live")))
     here.close()
 
 

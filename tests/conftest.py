@@ -32,6 +32,21 @@ TINY = {
 }
 
 
+def pytest_report_header() -> str | None:
+    """What the live tests run on."""
+    url = os.environ.get("QDRANT_URL")
+    if not url:
+        return None
+    from dclip_qdrant.serving.stores.qdrant_connection import Connection
+
+    server = Connection(url, api_key=os.environ.get("QDRANT_API_KEY"))
+    try:
+        info = server.call(server.client.info)
+        return f"Qdrant {info.version} at {server.url}, {len(server.collections())} collections"
+    finally:
+        server.close()
+
+
 def write_base(folder: Path, seed: int) -> Path:
     """A random, seeded CLIP in an open_clip folder."""
     import open_clip

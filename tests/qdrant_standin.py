@@ -7,6 +7,7 @@ prints its address and serves.
 """
 
 import json
+import os
 import re
 import sys
 import threading
@@ -18,12 +19,25 @@ from typing import Any
 from urllib.parse import unquote
 
 from pydantic import TypeAdapter
-from qdrant_client import models
+from qdrant_client import QdrantClient, models
 from qdrant_client.local.qdrant_local import QdrantLocal
 
 
 class Refused(Exception):
     pass
+
+
+def clear(url: str, tag: str) -> None:
+    """Drops the collections of a server, and their aliases, whose names begin with the tag."""
+    client = QdrantClient(url, api_key=os.environ.get("QDRANT_API_KEY"), check_compatibility=False)
+    for alias in client.get_aliases().aliases:
+        if alias.alias_name.startswith(tag):
+            gone = models.DeleteAlias(alias_name=alias.alias_name)
+            client.update_collection_aliases([models.DeleteAliasOperation(delete_alias=gone)])
+    for collection in client.get_collections().collections:
+        if collection.name.startswith(tag):
+            client.delete_collection(collection.name)
+    client.close()
 
 
 class Standin(ThreadingHTTPServer):

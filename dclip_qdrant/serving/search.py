@@ -25,6 +25,8 @@ from dclip_qdrant.serving.student import Student
 logger = logging.getLogger(__name__)
 
 REMEMBERED = 10.0  # seconds that a collection's metadata is taken for the same
+TIES = 10  # hits beyond those asked for
+SAME = 6  # digits of a score; float32 has seven
 LOOKED_AT = 256  # pictures, when nothing was found under a filter
 MODES = ("dense", "regions", "hybrid")
 SHOWN = ("key", "uri", "caption", "labels", "width", "height")  # of a payload, in a hit's row
@@ -199,7 +201,10 @@ def search(
     )
 
     def ask() -> list[ScoredPoint]:
-        return _diverse_points(store, query, diversity) if diversity > 0 else store.query(query)
+        if diversity > 0:
+            return _diverse_points(store, query, diversity)
+        # a few more than asked for: equals at the end have their order by id, too
+        return _ties_by_id(store.query(replace(query, limit=limit + TIES)))[:limit]
 
     points = _asked_of_the_same(store, student, ask)
     if not points:
@@ -248,6 +253,12 @@ def _asked_of_the_same(
     if not points or any(p.payload.get("student") != student.model_name for p in points):
         check_student(store.metadata(), student, store.name)
     return points
+
+
+def _ties_by_id(points: list[ScoredPoint]) -> list[ScoredPoint]:
+    """Points of the same score in the order of their ids: engines, shards and copies of a collection have
+    orders of their own, and ranks fused are often equal."""
+    return sorted(points, key=lambda p: (-round(p.score, SAME), p.id))
 
 
 def _say_what_filters_miss(store: Store, where: Sequence[Condition]) -> None:

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from dclip_qdrant.detectors.grid import Grid
 from dclip_qdrant.errors import MismatchError, PointError, UsageError
 from dclip_qdrant.pictures import images
 from dclip_qdrant.pictures.regions import Regions
-from dclip_qdrant.serving.collection import CollectionSpec
+from dclip_qdrant.serving.collection import CollectionSpec, metadata_of
 from dclip_qdrant.serving.embedder import Embedder
 from dclip_qdrant.serving.ingest import ingest
 from dclip_qdrant.serving.items import point_id
@@ -352,6 +353,28 @@ def test_explain_gives_the_rank_in_each_stage(student, filled):
         assert h.row()["ranks"] == h.ranks
         wanted = sum(1 / (r + 59) for r in h.ranks.values() if r)  # Qdrant's RRF, k = 60, weights 1
         assert h.score == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3, 5])
+def test_ties_are_broken_by_id_whatever_the_engine_does(student, limit):
+    """Six pictures with the same vector, given in any order by the engine."""
+    vector = student.embed_texts(["a red square"])[0]
+    ids = [point_id(str(i)) for i in range(6)]
+
+    class Shuffled(Exact):
+        def query(self, query):
+            found = super().query(replace(query, limit=100))
+            return [found[i] for i in self.order][: query.limit]
+
+    answers = set()
+    for seed in range(8):
+        store = Shuffled("c")
+        store.create(CollectionSpec.load(), student.dim, metadata_of(student))
+        store.upsert([Point(i, vector, None, {"key": i, "student": student.model_name}) for i in ids])
+        store.order = np.random.default_rng(seed).permutation(6)
+        hits = search(store, student, text="a red square", limit=limit)
+        answers.add(tuple(h.id for h in hits))
+    assert answers == {tuple(sorted(ids)[:limit])}
 
 
 def test_diversity_by_hand():

@@ -182,3 +182,22 @@ def test_the_command_line_says_that_it_needs_a_server(student_folder, scenes_fol
     )
     assert isinstance(done.exception, UsageError)
     assert "--url" in str(done.exception)
+
+
+def test_hybrid_on_servers_whose_text_index_doesnt_score(theirs, scenes_folder, student_folder, monkeypatch):
+    """Before 1.20 BM25 is a sparse vector, here too; points that had our vectors before get theirs."""
+    server, _ = theirs
+    student, store = Student.load(student_folder), server.open("shop")
+    monkeypatch.setattr(Connection, "version", lambda self: (1, 18))
+    run = lambda: ingest_into(str(scenes_folder), Embedder(student), store, field="product.photo")
+    with monkeypatch.context() as without:
+        without.setattr(type(store), "_add_sparse", lambda self, name: None)
+        run()
+    with pytest.raises(UsageError, match="has no BM25 vector"):
+        search(server.open("shop"), student, text="red", mode="hybrid")
+    report, _ = run()
+    assert report.embedded == 0
+    found = search(server.open("shop"), student, text="red square", mode="hybrid", limit=20, explain=True)
+    with_words = [hit for hit in found if hit.ranks["bm25"] is not None]
+    assert with_words
+    assert all({"red", "square"} & set(hit.payload["caption"].lower().split()) for hit in with_words)

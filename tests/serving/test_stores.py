@@ -4,6 +4,7 @@ Qdrant's."""
 import os
 import uuid
 
+import httpx
 import numpy as np
 import pytest
 
@@ -329,12 +330,14 @@ def test_an_older_server_gets_sparse_bm25(monkeypatch):
     from dclip_qdrant.serving.stores.qdrant_terms import SPARSE
 
     new = fill(open_store("c", url=":memory:"))
+    texts = ("red star", "a house", "green moon ring")
+    queries = [Query(limit=10, text=text, weights=(0.0, 1.0, 0.0)) for text in texts]
+    scored = [new.query(query) for query in queries]
     monkeypatch.setattr(Connection, "version", lambda self: (1, 17))
     old = fill(open_store("c", url=":memory:"))
     assert SPARSE in old.connection.client.get_collection("c").config.params.sparse_vectors
-    for text in ("red star", "a house", "green moon ring"):
-        query = Query(limit=10, text=text, weights=(0.0, 1.0, 0.0))
-        a, b = new.query(query), old.query(query)
+    for text, query, a in zip(texts, queries, scored, strict=True):
+        b = old.query(query)
         # scores differ (the sparse form knows no average length but its own), what matches doesn't
         words = set(text.split())
         assert all(words & set(h.payload["caption"].split()) for h in (*a, *b))
@@ -413,3 +416,67 @@ def test_a_spec_says_how_a_cluster_spreads_and_indexes(monkeypatch, tmp_path, ca
         for h in edge.query(Query(limit=1, vector=vector, where=(Condition("shop", "=", ("x",)),)))
     ] == ["x"]
     edge.close()
+
+
+@pytest.fixture
+def limited(monkeypatch):
+    """A collection whose rate limiter lets ten points a request through, as strict mode has it; the sizes of
+    the requests."""
+    from qdrant_client.http.exceptions import UnexpectedResponse
+
+    store = open_store("c", url=":memory:")
+    store.create(CollectionSpec.load(), D, metadata_of(FakeStudent))
+    sizes = []
+
+    def guard(name, size_of):
+        own = getattr(store.client, name)
+
+        def call(collection, *a, **k):
+            size = size_of(a, k)
+            sizes.append(size)
+            if size > 10:
+                says = "Write rate limit exceeded, request larger than rate limiter capacity, please split"
+                body = ('{"status": {"error": "Rate limiting exceeded: ' + says + '"}}').encode()
+                raise UnexpectedResponse(429, "Too Many Requests", body, httpx.Headers())
+            return own(collection, *a, **k)
+
+        monkeypatch.setattr(store.client, name, call)
+
+    guard("upsert", lambda a, k: len(a[0]))
+    guard("retrieve", lambda a, k: len(a[0]))
+    guard("batch_update_points", lambda a, k: len(a[0]))
+    guard("delete", lambda a, k: len(a[0].points))
+    guard("scroll", lambda a, k: k["limit"])
+    yield store, sizes
+    store.close()
+
+
+def test_requests_larger_than_a_rate_limiter_are_split(limited):
+    store, sizes = limited
+    given = points()
+    ids = [p.id for p in given]
+    store.upsert(given)
+    assert sizes == [40, 20, 10, 10, 20, 10, 10]
+    assert len(store.payloads(ids, None)) == len(store.vectors(ids)) == 40
+    store.set_payloads({i: {"price": 1} for i in ids})
+    assert sorted(p.id for p in store.scroll()) == sorted(ids)
+    assert {p.payload["price"] for p in store.scroll()} == {1}
+    store.delete(ids[:15])
+    assert store.count() == 25
+
+
+def test_one_point_that_a_limiter_never_lets_through_is_rejected_by_name(limited, monkeypatch):
+    from dclip_qdrant.serving.ingest import write_points
+
+    store, _ = limited
+    own = store.client.upsert
+    large = points()[3]
+    monkeypatch.setattr(
+        store.client,
+        "upsert",
+        lambda c, some, **k: own(c, some * 11 if large.id in [p.id for p in some] else some, **k),
+    )
+    rejected = write_points(store, points()[:8])
+    assert [row["key"] for row in rejected] == ["k3"]
+    assert "rate limiter capacity" in rejected[0]["reason"]
+    assert store.count() == 7

@@ -67,7 +67,7 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=600)
     parser.add_argument("--url")
     args = parser.parse_args()
-    standin = None
+    standin, tag = None, f"dclip-kills-{time.time_ns()}"
     if args.url is None:
         standin = qdrant_standin.Standin("http://127.0.0.1:9/")
         threading.Thread(target=standin.serve_forever, daemon=True).start()
@@ -78,8 +78,10 @@ def main() -> None:
             for engine in ("edge", "server"):
                 for act in (one_ingest, one_push, one_reindex, one_promote):
                     if sum(world.kills.values()) < args.kills:
-                        act(world, engine, f"r{rounds}-{time.time_ns()}")
+                        act(world, engine, f"{tag}-{rounds}")
                         rounds += 1
+    if args.url:
+        qdrant_standin.clear(args.url, tag)
     if standin is not None:
         standin.shutdown()
     counts = ", ".join(f"{name} {count}" for name, count in sorted(world.kills.items()))

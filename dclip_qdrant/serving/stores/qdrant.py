@@ -9,12 +9,13 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
 from qdrant_client import models as m
 
-from dclip_qdrant.errors import PointError, StoreError
+from dclip_qdrant.errors import PointError, StoreError, UsageError
 from dclip_qdrant.lookup import need
 from dclip_qdrant.serving.collection import META, CollectionSpec, TextSpec, VectorSpec
 from dclip_qdrant.serving.stores.base import (
@@ -35,6 +36,7 @@ from dclip_qdrant.serving.stores.qdrant_connection import (
     TEXT_SCORING,
     WEIGHTED_RRF,
     Connection,
+    OverLimit,
 )
 from dclip_qdrant.serving.stores.qdrant_terms import QUANTISED, SPARSE, Names, bm25, conditions, sent_id
 
@@ -213,8 +215,10 @@ class Qdrant:
     def _vector_specs(self) -> dict[str, Any]:
         return self._metadata().get(META, {}).get("spec", {}).get("vectors", {})
 
-    def _has_sparse(self) -> bool:
-        return SPARSE in (self._params().sparse_vectors or {})
+    def _sparse(self) -> str | None:
+        """The sparse vector that holds BM25 on an older server; None on others."""
+        name = self._names().vector(SPARSE)
+        return name if name in (self._params().sparse_vectors or {}) else None
 
     def describe(self) -> dict[str, Any]:
         info = self._known()
@@ -257,9 +261,13 @@ class Qdrant:
         sizes = {k: v.size for k, v in there.items()} if isinstance(there, dict) else {"": there.size}
         for name, vector in spec.vectors.items():
             self._add_vector(names.vector(name), vector, min(vector.dim or dim, dim), sizes)
+        if not self._scores_text() and "bm25" in spec.payload_indexes.values():
+            self._add_sparse(names.vector(SPARSE))
         self._index(spec, names)
         ours = metadata[META] | {"mark": mark, "spec": spec.model_dump(mode="json")}
         self.set_metadata(theirs | {META: ours})
+        if not self._scores_text():
+            self._fill_sparse()
 
     def _add_vector(self, name: str, vector: VectorSpec, size: int, there: dict[str, int]) -> None:
         if name in there and there[name] != size:
@@ -285,6 +293,33 @@ class Qdrant:
         )
         self._call(lambda: self.client.update_collection(self.name, vectors_config={name: change}))
 
+    def _add_sparse(self, name: str) -> None:
+        """BM25 of captions on a server whose text index doesn't score."""
+        need("qdrant_edge", "BM25 on an older Qdrant server")
+        if name not in (self._known().config.params.sparse_vectors or {}):
+            config = m.SparseVectorNameConfig(sparse=m.SparseVectorConfig(modifier=m.Modifier.IDF))
+            self._call(lambda: self.client.create_vector_name(self.name, name, config))
+
+    def _fill_sparse(self) -> None:
+        """For points that were given our vectors before there was one for BM25."""
+        self._info = None
+        sparse, names = self._sparse(), self._names()
+        if sparse is None:
+            return
+        lacking = m.Filter(must_not=[m.HasVectorCondition(has_vector=sparse)])
+        records = self._scroll(
+            PAGE, with_payload=[names.field("caption")], with_vectors=False, scroll_filter=lacking
+        )
+        while some := list(islice(records, PAGE)):
+            captions = {record.id: names.payload(record.payload).get("caption") for record in some}
+            vectors: list[Any] = [
+                m.PointVectors(id=i, vector={sparse: bm25(caption, self._text_spec(), document=True)})
+                for i, caption in captions.items()
+                if caption
+            ]
+            if vectors:
+                self._in_parts(vectors, lambda part: self.client.update_vectors(self.name, part, wait=True))
+
     def field_values(self, field: str) -> Iterator[tuple[str, Any]]:
         """Every point's id and what it has in a payload field."""
         for record in self._scroll(FIELD_PAGE, with_payload=[field], with_vectors=False):
@@ -296,15 +331,18 @@ class Qdrant:
     def update(self, points: list[Point]) -> None:
         """Our vectors and payload of points that are there; everything else of them stays."""
         widths, names = self._widths(), self._names()
-        vectors = [
-            m.PointVectors(id=sent_id(p.id), vector={names.vector(k): v for k, v in widths.of(p).items()})
-            for p in points
-        ]
-        changes: list[Any] = [m.UpdateVectorsOperation(update_vectors=m.UpdateVectors(points=vectors))]
-        for p in points:
-            payload = m.SetPayload(payload=p.payload, points=[sent_id(p.id)], key=names.mark)
-            changes.append(m.SetPayloadOperation(set_payload=payload))
-        self._call(lambda: self.client.batch_update_points(self.name, changes, wait=True))
+
+        def request(some: list[Point]) -> Any:
+            vectors = [
+                m.PointVectors(id=sent_id(p.id), vector=self._vectors_of(p, widths, names)) for p in some
+            ]
+            changes: list[Any] = [m.UpdateVectorsOperation(update_vectors=m.UpdateVectors(points=vectors))]
+            for p in some:
+                payload = m.SetPayload(payload=p.payload, points=[sent_id(p.id)], key=names.mark)
+                changes.append(m.SetPayloadOperation(set_payload=payload))
+            return self.client.batch_update_points(self.name, changes, wait=True)
+
+        self._in_parts(points, request)
 
     # --- points
 
@@ -325,17 +363,35 @@ class Qdrant:
         return {i: vector for i, vector in found.items() if vector is not None}
 
     def _retrieve(self, ids: list[str], **options: Any) -> list[Any]:
-        return self._call(lambda: self.client.retrieve(self.name, [sent_id(i) for i in ids], **options))
+        asked: list[Any] = [sent_id(i) for i in ids]
+        answers = self._in_parts(asked, lambda some: self.client.retrieve(self.name, some, **options))
+        return [record for answer in answers for record in answer]
 
     def upsert(self, points: list[Point]) -> None:
-        widths, sparse = self._widths(), self._has_sparse()
-        structs = []
-        for p in points:
-            vector: dict[str, Any] = dict(widths.of(p))
-            if sparse and p.payload.get("caption"):
-                vector[SPARSE] = bm25(p.payload["caption"], self._text_spec(), document=True)
-            structs.append(m.PointStruct(id=p.id, vector=vector, payload=p.payload))
-        self._call(lambda: self.client.upsert(self.name, structs, wait=True))
+        widths, names = self._widths(), Names()
+        structs = [
+            m.PointStruct(id=p.id, vector=self._vectors_of(p, widths, names), payload=p.payload)
+            for p in points
+        ]
+        self._in_parts(structs, lambda some: self.client.upsert(self.name, some, wait=True))
+
+    def _vectors_of(self, point: Point, widths: Widths, names: Names) -> dict[str, Any]:
+        vectors: dict[str, Any] = {names.vector(k): v for k, v in widths.of(point).items()}
+        sparse = self._sparse()
+        if sparse is not None and point.payload.get("caption"):
+            vectors[sparse] = bm25(point.payload["caption"], self._text_spec(), document=True)
+        return vectors
+
+    def _in_parts(self, items: list[Any], request: Callable[[list[Any]], Any]) -> list[Any]:
+        """The answers to requests about these items: one, or two of half as many where a server's rate
+        limiter never lets so many through."""
+        try:
+            return [self._call(lambda: request(items))]
+        except OverLimit:
+            if len(items) < 2:
+                raise
+            half = len(items) // 2
+            return self._in_parts(items[:half], request) + self._in_parts(items[half:], request)
 
     def set_payloads(self, payloads: dict[str, Payload]) -> None:
         names = self._names()
@@ -347,11 +403,14 @@ class Qdrant:
                 changes.append(m.SetPayloadOperation(set_payload=new))
             else:
                 changes.append(m.OverwritePayloadOperation(overwrite_payload=new))
-        self._call(lambda: self.client.batch_update_points(self.name, changes, wait=True))
+        self._in_parts(changes, lambda some: self.client.batch_update_points(self.name, some, wait=True))
 
     def delete(self, ids: list[str]) -> None:
-        points: Any = m.PointIdsList(points=[sent_id(i) for i in ids])
-        self._call(lambda: self.client.delete(self.name, points, wait=True))
+        def request(some: list[Any]) -> Any:
+            points: Any = m.PointIdsList(points=some)
+            return self.client.delete(self.name, points, wait=True)
+
+        self._in_parts([sent_id(i) for i in ids], request)
 
     def facet(self, key: str, limit: int) -> list[tuple[str, int]]:
         field = self._names().field(key)
@@ -370,9 +429,17 @@ class Qdrant:
     def _scroll(self, page: int, **options: Any) -> Iterator[Any]:
         offset: Any = None
         while True:
-            records, offset = self._call(
-                lambda at=offset: self.client.scroll(self.name, limit=page, offset=at, **options)
-            )
+            try:
+                records, offset = self._call(
+                    lambda at=offset, limit=page: self.client.scroll(
+                        self.name, limit=limit, offset=at, **options
+                    )
+                )
+            except OverLimit:
+                if page < 2:
+                    raise
+                page //= 2
+                continue
             yield from records
             if offset is None:
                 return
@@ -450,9 +517,13 @@ class Qdrant:
             sources.append(Source(dense, image, dense_weight))
             by_region = [widths.cut(query.vector, "regions")]
             sources.append(Source(by_region, regions, regions_weight, nearest))
-        if query.text is not None and self._has_sparse():
-            sources.append(Source(bm25(query.text, self._text_spec()), SPARSE, text_weight))
+        sparse = self._sparse() if query.text is not None else None
+        if query.text is not None and sparse is not None:
+            sources.append(Source(bm25(query.text, self._text_spec()), sparse, text_weight))
         elif query.text is not None:
+            if not self._scores_text():
+                came = f"{self.name} has no BM25 vector, and this server (before 1.20) no scored text index"
+                raise UsageError("`mode` hybrid", came, do="ingest with `into_existing` again, which adds it")
             text = m.TextQuery(text=m.TextQueryInput(query=query.text))
             sources.append(Source(text, names.field("caption"), text_weight))
         return [source for source in sources if source.weight > 0]

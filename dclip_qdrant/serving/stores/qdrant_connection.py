@@ -39,6 +39,7 @@ IN_MEMORY = ":memory:"  # as an address: qdrant-client's own engine
 PATIENCE = 120.0  # seconds for which a call waits for a server that is busy or away
 FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0
 SAY_AFTER = 2.0  # seconds of waiting before it is said
+NEVER = "rate limiter capacity"  # in what a server says of a request that its limiter never lets through
 CHECK = "check `url`: the address, the port and http or https"
 NO_RIGHT = (401, 403)
 NO_RIGHT_GRPC = (StatusCode.UNAUTHENTICATED, StatusCode.PERMISSION_DENIED)
@@ -47,6 +48,11 @@ NEW_VECTORS = (1, 18)  # ... that adds a vector to a live collection
 WEIGHTED_RRF = (1, 17)
 METADATA = (1, 16)
 ASIDE = "dclip-metadata"  # where an older server keeps it
+
+
+class OverLimit(PointError):
+    """A request that is larger than all that the collection's rate limiter ever lets through: waiting doesn't
+    help, smaller requests do."""
 
 
 @dataclass(frozen=True)
@@ -104,12 +110,16 @@ class Connection:
     def _fault(self, error: Exception, where: str) -> Fault:
         place = f"{self.url}/{where}".rstrip("/")
         if isinstance(error, ResourceExhaustedResponse):
+            if NEVER in str(error):
+                return Fault(OverLimit(place, f"HTTP 429: {error}"))
             return Fault(StoreError(place, f"HTTP 429: {error}"), True, error.retry_after_s)
         if isinstance(error, UnexpectedResponse):
             status = error.status_code or 0
             came = f"HTTP {status}: {_sentence(error.content)}"
             if status in NO_RIGHT:
                 return Fault(_no_right(place, came))
+            if status == 429 and NEVER in came:
+                return Fault(OverLimit(place, came))
             kind = PointError if status in REFUSED else StoreError
             wait = _seconds(error.headers.get("retry-after") if error.headers else None)
             return Fault(kind(place, came), status in RETRY_ON, wait)
@@ -119,6 +129,8 @@ class Connection:
             came = f"{code.name}: {details[:300]}"
             if code in NO_RIGHT_GRPC:
                 return Fault(_no_right(place, came))
+            if NEVER in came:
+                return Fault(OverLimit(place, came))
             kind = PointError if code in REFUSED_GRPC else StoreError
             return Fault(kind(place, came), code in RETRY_ON_GRPC)
         if isinstance(error, ResponseHandlingException):

@@ -47,10 +47,22 @@ splits_option = click.option(
     metavar="NAME,NAME",
     help="Only these splits of a source that has splits.",
 )
+
+
+def _captions(_: click.Context, __: click.Parameter, value: str | None) -> int | None:
+    """How many captions are indexed; None for all."""
+    words: dict[str, int | None] = {"all": None, "first": 1, "none": 0}
+    if value is None or value in words:
+        return words[value or "all"]
+    if not value.isdigit() or int(value) < 1:
+        raise click.BadParameter(f"{value!r}: expected a number above 0, first, all or none")
+    return int(value)
+
+
 captions_option = click.option(
     "--captions",
-    type=click.IntRange(1),
-    metavar="N",
+    callback=_captions,
+    metavar="N|first|all|none",
     help=(
         "Index the first N captions of each picture: the others stay for tune and --golden.  [default: all]"
     ),

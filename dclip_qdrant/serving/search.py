@@ -213,6 +213,10 @@ def search(
         # the order would be the dense one under another name
         came = f"{store.name} has no regions: the pictures found were ingested whole"
         raise UsageError(f"`mode` {mode}", came, do="ingest with a `detector`, or search with `mode` dense")
+    if hybrid and points and not _has_captions(store, points):
+        came = f"none of the pictures in {store.name} that were looked at has a caption"
+        do = "ingest with captions beside the pictures, or search with `mode` dense"
+        raise UsageError("`mode` hybrid", came, do=do)
     stages = _stages(store, query) if explain else None
     hits = []
     for point in points:
@@ -291,6 +295,14 @@ def _has_regions(point: ScoredPoint) -> bool:
     """Whether regions were looked for in this picture: its vectors are its own and theirs. A detector may
     have found none."""
     return bool(point.payload.get("detector")) or (point.regions is not None and len(point.regions) > 1)
+
+
+def _has_captions(store: Store, points: Sequence[ScoredPoint]) -> bool:
+    """Whether there are words that hybrid search could have found; looks further only where what was found
+    has none."""
+    if any(point.payload.get("caption") for point in points):
+        return True
+    return any(point.payload.get("caption") for point in islice(store.scroll(), LOOKED_AT))
 
 
 def _diverse_points(store: Store, query: Query, diversity: float) -> list[ScoredPoint]:

@@ -4,6 +4,7 @@ import json
 import os
 from pathlib import Path
 
+import click
 import pytest
 from processes import python
 
@@ -265,3 +266,18 @@ def test_version_shows_the_stack():
     out = run("--version").stdout
     assert out.startswith("dclip-qdrant 0.1.0")
     assert "qdrant-client" in out
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"), [("first", 1), ("all", None), ("none", 0), ("3", 3), ("0", "!"), ("some", "!")]
+)
+def test_how_many_captions_are_indexed(given, wanted):
+    from dclip_qdrant.cli.ingest import ingest_command
+
+    option = next(p for p in ingest_command.params if p.name == "captions")
+    context = click.Context(ingest_command)
+    if wanted == "!":
+        with pytest.raises(click.BadParameter, match="a number above 0, first, all or none"):
+            option.process_value(context, given)
+    else:
+        assert option.process_value(context, given) == wanted

@@ -285,6 +285,17 @@ def test_regions_are_refused_where_there_are_none(student, scenes_folder):
     assert len(search(store, student, text="a red star", mode="regions", limit=5)) == 5
 
 
+def test_hybrid_is_refused_where_no_picture_has_a_caption(student, scenes_folder):
+    store = Exact("c")
+    ingest(str(scenes_folder), student, store, limit=5, captions=0)
+    assert not any(p.payload["caption"] for p in store.scroll())
+    with pytest.raises(UsageError, match="has a caption"):
+        search(store, student, text="a red star", mode="hybrid", limit=3)
+    assert len(search(store, student, text="a red star", limit=3)) == 3
+    ingest(str(scenes_folder), student, store, limit=8, captions=1)
+    assert search(store, student, text="a red star", mode="hybrid", limit=1)
+
+
 class FindsNothing:
     fingerprint = "nothing"
 

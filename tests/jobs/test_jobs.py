@@ -281,6 +281,7 @@ def weights_say_what_the_run_said(out, name, tiny_base, pairs_folder):
         assert got[way] == pytest.approx(wanted[way], abs=1e-6)
 
 
+@pytest.mark.long
 def test_two_workers_that_stream_learn_what_one_learns_from_memory(
     unbroken, on_head, tiny_base, pairs_folder, labelled_folder, tmp_path
 ):

@@ -372,6 +372,7 @@ def test_on_a_phone_nothing_sticks_out(browser, service):
 
 
 def test_captions_are_text_not_html(page):
+    page.locator("#status", has_text="Some of the pictures").wait_for()  # nothing is drawn after it
     page.route(
         "**/api/picture/**",
         lambda route: route.fulfill(

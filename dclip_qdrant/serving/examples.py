@@ -12,7 +12,6 @@ from PIL import Image
 from dclip_qdrant.errors import UsageError
 from dclip_qdrant.metrics import normalise, shorten
 from dclip_qdrant.pictures import images
-from dclip_qdrant.serving.items import point_id
 from dclip_qdrant.serving.stores import Store
 from dclip_qdrant.serving.student import Student
 
@@ -82,6 +81,8 @@ def _mean(vectors: list[np.ndarray], width: int) -> np.ndarray:
 
 def _id_of(store: Store, name: str) -> str:
     """The point of a key, or the one that has this id."""
+    from dclip_qdrant.serving.items import point_id  # its module reads sources: not for every query
+
     candidates = [point_id(name)]
     with suppress(ValueError):
         candidates.append(str(uuid.UUID(name)))

@@ -14,15 +14,17 @@ from dataclasses import asdict, dataclass
 from importlib.resources import files
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from dclip_qdrant.errors import InputError, UsageError
 from dclip_qdrant.serving.collection import META
-from dclip_qdrant.serving.golden import Golden
 from dclip_qdrant.serving.stores import Query, Store
 from dclip_qdrant.serving.student import Student
+
+if TYPE_CHECKING:  # reading golden pairs takes pyarrow, which a query does without
+    from dclip_qdrant.serving.golden import Golden
 
 CUTOFF = 0.5  # at and above it something was found, as far as the page and the table go
 LEAST = 20  # queries of each kind, on each half
@@ -107,7 +109,7 @@ def _logistic(x: np.ndarray) -> np.ndarray:
 
 
 def calibrate(
-    store: Store, student: Student, golden: Golden, off_topic: str | Path | None = None
+    store: Store, student: Student, golden: "Golden", off_topic: str | Path | None = None
 ) -> Calibration:
     """Fits the curve on one half of the queries and measures it on the other.
 
@@ -162,7 +164,7 @@ def _best_hits(
     return cosines, np.arange(len(hits)) < len(golden)
 
 
-def off_topic_texts(golden: Golden, file: str | Path | None = None) -> tuple[list[str], int]:
+def off_topic_texts(golden: "Golden", file: str | Path | None = None) -> tuple[list[str], int]:
     """Texts that a collection has nothing for, and how many of ours were left out because the golden texts
     have most of their words."""
     if file is not None:

@@ -203,8 +203,10 @@ def search(
     def ask() -> list[ScoredPoint]:
         if diversity > 0:
             return _diverse_points(store, query, diversity)
-        # a few more than asked for: equals at the end have their order by id, too
-        return _ties_by_id(store.query(replace(query, limit=limit + TIES)))[:limit]
+        points = store.query(replace(query, limit=limit + 1))
+        if len(points) > limit and round(points[limit - 1].score - points[limit].score, SAME) == 0:
+            points = store.query(replace(query, limit=limit + TIES))  # equals at the end have an order, too
+        return _ties_by_id(points)[:limit]
 
     points = _asked_of_the_same(store, student, ask)
     if not points:

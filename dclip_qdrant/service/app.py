@@ -327,6 +327,7 @@ def _given_token(request: Request) -> str | None:
 def _error(path: str, status: int, message: str, headers: dict[str, str] | None = None) -> Response:
     """{"error": "one line"}; under /v1/ the object that OpenAI's clients read."""
     kind = "server_error" if status >= 500 else "invalid_request_error"
+    message = message.encode("utf-8", "backslashreplace").decode()  # what came may be no Unicode text
     body: Any = (
         {"message": message, "type": kind, "param": None, "code": None}
         if path.startswith("/v1/")

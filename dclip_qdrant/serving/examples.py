@@ -13,6 +13,7 @@ from dclip_qdrant.errors import UsageError
 from dclip_qdrant.metrics import normalise, shorten
 from dclip_qdrant.pictures import images
 from dclip_qdrant.serving.stores import Store
+from dclip_qdrant.serving.stores.base import check_unicode
 from dclip_qdrant.serving.student import Student
 
 # a picture of the collection, by its key or its point's id, or one of elsewhere
@@ -41,6 +42,9 @@ class Wanted:
         for name, text in (("query", self.text), ("`minus`", self.minus)):
             if text is not None and not text.strip():
                 raise UsageError(name, "an empty text", "words to search for")
+            check_unicode(name, text or "")
+        for example in (*self.like, *self.unlike):
+            check_unicode("example", example if isinstance(example, str) else "")
 
 
 def query_vector(store: Store, student: Student, wanted: Wanted) -> tuple[np.ndarray, list[str]]:

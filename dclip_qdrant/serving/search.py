@@ -19,7 +19,7 @@ from dclip_qdrant.serving.collection import META, check_student
 from dclip_qdrant.serving.examples import Example, Wanted, query_vector
 from dclip_qdrant.serving.relevance import Relevance
 from dclip_qdrant.serving.stores import Condition, Query, ScoredPoint, Store
-from dclip_qdrant.serving.stores.base import mmr
+from dclip_qdrant.serving.stores.base import check_unicode, mmr
 from dclip_qdrant.serving.student import Student
 
 logger = logging.getLogger(__name__)
@@ -75,6 +75,7 @@ def parse_filter(text: str) -> Condition:
     Raises:
         UsageError: anything else.
     """
+    check_unicode("`where`", text)
     m = re.fullmatch(r"\s*([\w.\[\]-]+)\s*(!=|>=|<=|=|~|>|<)\s*(.+?)\s*", text)
     if not m:
         raise UsageError("`where`", repr(text), "key=value, key=a|b, key!=value, key~words, key>=number")

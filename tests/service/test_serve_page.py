@@ -1,6 +1,7 @@
 """The search page's routes: they show what a collection holds, and nothing else."""
 
 import io
+import json
 
 import numpy as np
 import pytest
@@ -140,6 +141,10 @@ def test_a_collection_that_somebody_has_open_is_said(student_folder, tmp_path):
         ({"collection": "scenes"}, 400, "a text, an image or an example"),
         ({"collection": "scenes", "unlike": ["x"]}, 400, "a text, an image or an example"),
         ({"collection": "scenes", "minus": "a"}, 400, "a text, an image or an example"),
+        ({"collection": "scenes", "text": "a", "filters": ["key=\ud83d"]}, 400, "half a surrogate pair"),
+        ({"collection": "scenes", "like": ["\ud83d"]}, 400, "half a surrogate pair"),
+        ({"collection": "scenes", "text": "a", "minus": "\ud83d"}, 400, "half a surrogate pair"),
+        ({"collection": "\ud83d", "text": "a"}, 404, "no collection"),
         ({"collection": "scenes", "like": ["nobody"]}, 400, "no picture 'nobody'"),
         ({"collection": "scenes", "like": "nobody"}, 400, "like: expected a list"),
         ({"collection": "scenes", "like": ["x"] * 17}, 400, "at most 16"),
@@ -154,7 +159,9 @@ def test_a_collection_that_somebody_has_open_is_said(student_folder, tmp_path):
     ],
 )
 def test_bad_searches(filled, body, status, says):
-    answer = filled.post("/api/search", json=body)
+    # as JSON escapes it: half an emoji can be sent so, but not as UTF-8
+    sent = {"content": json.dumps(body), "headers": {"Content-Type": "application/json"}}
+    answer = filled.post("/api/search", **sent)
     assert answer.status_code == status
     assert says in answer.json()["error"]
 

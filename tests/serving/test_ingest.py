@@ -425,6 +425,9 @@ def test_queries_that_cant_be_meant(student, filled):
         ({"image": Image.new("RGB", (9, 9)), "mode": "hybrid"}, "BM25 needs words"),
         ({"text": "a", "mode": "x"}, "'x'"),
         ({"text": "a", "limit": 0}, "1 or more"),
+        ({"text": "a\ud83d"}, "half a surrogate pair"),
+        ({"text": "a", "where": ["key=\udcff"]}, "half a surrogate pair"),
+        ({"text": "a", "like": ["\udcff"]}, "half a surrogate pair"),
     ):
         with pytest.raises(UsageError, match=says):
             search(filled, student, **query)

@@ -122,9 +122,11 @@ class Torture:
             if report.seen != outcomes:
                 self.fault(kind, cause, f"{report.seen} pictures seen, {outcomes} accounted for")
             again = open_store("c", edge=str(edge))
-            keys = {point.payload["key"] for point in again.scroll()}
+            payloads = [point.payload for point in again.scroll()]
+            keys = {payload["key"] for payload in payloads}
             if keys:
-                search(again, self.student, text="a red square", mode="hybrid", limit=3)
+                words = any(payload["caption"] for payload in payloads)  # without any, hybrid is refused
+                search(again, self.student, text="a red square", mode="hybrid" if words else "dense", limit=3)
             again.close()
             if set(healthy) - keys:
                 self.fault(kind, cause, f"healthy pictures are missing: {set(healthy) - keys}")

@@ -175,9 +175,19 @@ def readings(words: str) -> tuple[str, ...]:
     return (words, words + "\u30fb") if only_han else (words,)
 
 
+def check_unicode(name: str, text: str) -> None:
+    """Raises UsageError for text that no engine takes: with half a surrogate pair, of a cut emoji or of a
+    terminal that isn't UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as e:
+        raise UsageError(name, f"{text[:60]!r}: half a surrogate pair", "Unicode text") from e
+
+
 def check_name(collection: str) -> None:
     """Raises UsageError for what can't be a collection's name: a path, a name with control characters, one
     longer than file systems and servers take."""
+    check_unicode("`collection`", collection)
     if (
         collection in ("", ".", "..")
         or re.search(r'[/\\<>:"|?*\x00-\x1f\x7f]', collection)

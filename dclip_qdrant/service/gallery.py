@@ -16,7 +16,7 @@ from dclip_qdrant.service.inputs import image_input, picture, text_input
 from dclip_qdrant.service.limits import Refused
 from dclip_qdrant.serving.collection import META
 from dclip_qdrant.serving.relevance import CUTOFF
-from dclip_qdrant.serving.search import MODES, Hit, search
+from dclip_qdrant.serving.search import MODES, REMEMBERED, Hit, search
 from dclip_qdrant.serving.stores import Place, Store
 from dclip_qdrant.serving.student import Student
 
@@ -130,7 +130,7 @@ class Gallery:
         if not texts:
             labels = [label for point in points for label in point.payload.get("labels") or []]
             texts = [f"a photo of a {label}" for label in dict.fromkeys(map(str, labels))]
-        tuned = bool(store.metadata(max_age=10).get(META, {}).get("relevance"))
+        tuned = bool(store.metadata(max_age=REMEMBERED).get(META, {}).get("relevance"))
         return {"student": student.model_name, "hits": hits, "examples": texts[:TRIED], "tuned": tuned}
 
     def labels(self, collection: str) -> list[dict[str, Any]]:

@@ -206,8 +206,7 @@ def push(
                 f"{target.where}/{there.name}", came, metadata[META]["student"], "another `to`"
             )
     else:
-        spec = CollectionSpec.model_validate({k: facts[k] for k in ("vectors", "payload_indexes", "text")})
-        there.create(spec, facts["dim"], metadata)
+        there.create(CollectionSpec.of(facts), facts["dim"], metadata)
     done = new = 0
     points = iter(here.scroll(with_vectors=True))
     while batch := list(islice(points, PUSHED_TOGETHER)):

@@ -70,10 +70,6 @@ class Embedder:
         known = {} if self.verify or stored is None else stored
         return list(self.pool.map(lambda item: _read(item, known.get(item.id)), items))
 
-    def embed(self, items: Sequence[Item]) -> list[Point]:
-        """Decodes, finds regions, embeds. Items that fail get their `error` and no point."""
-        return self.forward(self.prepare(items))
-
     def prepare(self, items: Sequence[Item]) -> list[Prepared]:
         """Everything that comes before the student's image tower: decodes, finds regions, resizes. Items
         that fail get their `error` and are left out."""

@@ -99,7 +99,7 @@ def test_what_a_source_says_anew_is_stored_without_embedding_again(student, tmp_
     says(10, season="summer")
     ingest(folder, student, store)
     embedded = []
-    monkeypatch.setattr(Embedder, "embed", lambda self, items: embedded.extend(items) or [])
+    monkeypatch.setattr(Embedder, "prepare", lambda self, items: embedded.extend(items) or [])
     assert ingest(folder, student, store).row()["unchanged"] == 3
     says(90, split="test")
     report = ingest(folder, student, store)

@@ -242,7 +242,7 @@ class Edge:
         query = with_spec(query, self._facts()["spec"]["vectors"])
         params = _search_params(query)
         where = _filter(query.where, query.exclude, self._ids_with)
-        sources = _sources(query, widths, where)
+        sources = _sources(query, widths, where, params)
         prefetch = [
             E.Prefetch(
                 limit=query.candidates,
@@ -362,14 +362,13 @@ class Source:
     candidates: list[Any]
 
 
-def _sources(query: Query, widths: Widths, where: Any) -> list[Source]:
+def _sources(query: Query, widths: Widths, where: Any, params: Any) -> list[Source]:
     """What the query fuses: sources with a weight."""
     dense_weight, text_weight, regions_weight = query.weights
     sources = []
     if query.vector is not None:
         dense = E.Query.Nearest(widths.cut(query.vector, "image"), using="image")
         by_region = E.Query.Nearest([widths.cut(query.vector, "regions")], using="regions")
-        params = _search_params(query)
         nearest = E.Prefetch(limit=query.candidates, query=dense, filter=where, params=params)
         sources += [Source(dense, dense_weight, []), Source(by_region, regions_weight, [nearest])]
     if query.text is not None:

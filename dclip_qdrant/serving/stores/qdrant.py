@@ -451,7 +451,7 @@ class Qdrant:
         query = with_spec(replace(query, candidates=self._allowed(query)), self._vector_specs())
         params = _search_params(query)
         where = conditions(tuple(replace(c, key=names.field(c.key)) for c in query.where), query.exclude)
-        sources = self._sources(query, widths, names, where)
+        sources = self._sources(query, widths, names, where, params)
         if len(sources) > 1 and self.connection.version() < WEIGHTED_RRF:
             return self._fused_here(query, widths, names)
         options = self._answer_options(query, names)
@@ -503,14 +503,20 @@ class Qdrant:
         most = strict.max_query_limit if strict is not None and strict.enabled else None
         return query.candidates if most is None else max(query.limit, min(query.candidates, most))
 
-    def _sources(self, query: Query, widths: Widths, names: Names, where: m.Filter | None) -> list[Source]:
+    def _sources(
+        self,
+        query: Query,
+        widths: Widths,
+        names: Names,
+        where: m.Filter | None,
+        params: m.SearchParams | None,
+    ) -> list[Source]:
         """What the query fuses: sources with a weight."""
         dense_weight, text_weight, regions_weight = query.weights
         sources = []
         if query.vector is not None:
             image, regions = names.vector("image"), names.vector("regions")
             dense = widths.cut(query.vector, "image")
-            params = _search_params(query)
             nearest = m.Prefetch(
                 query=dense, using=image, limit=query.candidates, filter=where, params=params
             )

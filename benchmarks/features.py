@@ -18,7 +18,7 @@ from dclip_qdrant.jobs.cluster import READ_COLUMNS
 from dclip_qdrant.jobs.features import BATCH, Featurise
 from dclip_qdrant.pairs import Pairs
 from dclip_qdrant.recipe import Recipe
-from dclip_qdrant.training.evaluate import FORWARD
+from dclip_qdrant.training.models.bottom import FORWARD
 
 
 def main() -> None:

@@ -79,20 +79,49 @@ class TeacherSettings(_Part):
 
 
 class EnsembleSettings(_Part):
-    """Further teachers whose vectors are cached and mixed into soft targets (dataset reinforcement,
-    MobileCLIP)."""
+    """Further teachers, whose vectors are cached: mixed into soft targets (dataset reinforcement,
+    MobileCLIP), or joined with the teacher's into one target (training/joint_target.py)."""
 
     models: tuple[str, ...] = Field(
-        default=(), description="open_clip names or local folders; `base` is the base model as it was"
+        default=(),
+        description=(
+            "open_clip names or local folders; `base` is the teaching model as it was, `student` the "
+            "student's model as it was, before any cut"
+        ),
     )
+    target: Literal["each", "joint"] = Field(
+        default="each",
+        description=(
+            "each: every teacher for itself (soft_targets reads them); joint: all of them, side by side and "
+            "brought to the student's width, are the teacher of every objective; needs `student` among them"
+        ),
+    )
+    weights: tuple[Annotated[float, Field(gt=0)], ...] = Field(
+        default=(0.35, 0.5, 0.7, 1.0, 1.4),
+        min_length=1,
+        description="joint: of every further teacher, where the first has 1; chosen on validation",
+    )
+
+    @property
+    def joint(self) -> bool:
+        return self.target == "joint"
 
 
 class InheritSettings(_Part):
-    """A lighter student cut from the base: evenly spaced layers, each inherited whole (ConaCLIP's and
-    TinyCLIP's students). Null keeps all."""
+    """A lighter student cut from the model that it would start as (`student.model`, else the base): evenly
+    spaced layers, each inherited whole (ConaCLIP's and TinyCLIP's students), and the commonest tokens. Null
+    keeps all."""
 
     image_layers: int | None = Field(default=None, gt=0)
     text_layers: int | None = Field(default=None, gt=0)
+    vocabulary: int | None = Field(
+        default=None,
+        gt=514,
+        description=(
+            "tokens that the text tower knows, the first of CLIP's; rarer words are read in more pieces "
+            "(most of a small model's parameters are its tokens')"
+        ),
+    )
 
 
 class StudentSettings(_Part):
@@ -109,8 +138,15 @@ class StudentSettings(_Part):
         default="frozen", description="which text parameters learn; frozen keeps old text vectors valid"
     )
     last_n: Positive = Field(default=2, description="blocks that learn under `last_n`")
+    start: Literal["as_is", "fitted"] = Field(
+        default="as_is",
+        description=(
+            "fitted: both output projections start as the ridge regression of the joint targets on what the "
+            "trunks say (training/fitted_start.py)"
+        ),
+    )
     inherit: InheritSettings | None = Field(
-        default=None, description="start from a cut of the base; `model` is then left out"
+        default=None, description="start from a cut of `model`, or of the base"
     )
     lora_rank: Positive = 8
     lora_alpha: float = Field(default=16.0, gt=0)
@@ -179,6 +215,13 @@ class TrainSettings(_Part):
     crop_scale: Fraction = Field(default=0.7, description="smallest area of an augmented view")
     flip: bool = Field(
         default=False, description="mirror half of the views; off, because captions say left and right"
+    )
+    mixup: Weight = Field(
+        default=0.0,
+        description=(
+            "pictures are blended in pairs, and their targets alike, by shares drawn from Beta(mixup, "
+            "mixup); for joint targets and cosine objectives; 0 is off"
+        ),
     )
     lr: float = Field(default=1e-5, gt=0)
     text_lr: float | None = Field(default=None, gt=0, description="null: the same as lr")
@@ -270,9 +313,29 @@ class Recipe(_Part):
                 f"train.phases have {sum(p.epochs for p in self.train.phases)} epochs, "
                 f"train.epochs says {self.train.epochs}"
             )
-        if self.student.inherit and self.student.model:
-            raise ValueError("student.inherit cuts the student from the base: leave student.model out")
+        if self.ensemble.joint:
+            self._joint_agrees()
+        elif self.student.start == "fitted":
+            raise ValueError('student.start = "fitted" is fitted to joint targets: set ensemble.target')
+        if self.train.mixup and not (
+            self.ensemble.joint and all(objective.name == "cosine" for objective in self.objectives)
+        ):
+            raise ValueError(
+                "train.mixup blends targets: for a joint target and cosine objectives alone, since a blend "
+                "has no caption of its own"
+            )
         return self
+
+    def _joint_agrees(self) -> None:
+        if "student" not in self.ensemble.models:
+            raise ValueError('a joint target needs "student" in ensemble.models')
+        if self.teacher is not None or self.train.region_share or self.train.picture_share:
+            raise ValueError(
+                "a joint target goes with captioned pictures alone: no [teacher], train.region_share or "
+                "train.picture_share"
+            )
+        if self.student.text == "frozen":
+            raise ValueError("joint targets are another space: student.text must learn, `proj` at least")
 
     @classmethod
     def load(cls, name: str | Path, settings: tuple[str, ...] | list[str] = ()) -> "Recipe":
@@ -312,17 +375,39 @@ def describe(recipe: Recipe, name: str) -> str:
     lines = [f"{name}: {recipe.about}"]
     if recipe.when:
         lines.append(f"Pick it: {recipe.when}")
-    figures = json.loads((HERE / "figures.json").read_text()) if (HERE / "figures.json").is_file() else []
-    for f in figures:
-        if f["recipe"] == recipe.name:
-            kept = f", retention {f['retention']:.3f}" if f["retention"] is not None else ""
-            against = "; ".join(
-                f"{d['difference'] * 100:+.1f} [{d['ci'][0] * 100:+.1f}, "
-                f"{d['ci'][1] * 100:+.1f}] against {d['than']}"
-                for d in f["differences"]
-            )
-            lines.append(
-                f"Measured ({f['suite']}, {f['group']}, {f['seeds']} seeds): mean R@1 "
-                f"{f['mean_r@1'] * 100:.1f}{kept}; {against}; {f['seconds']:.0f} s to train"
-            )
+    for f in _measured(recipe.name):
+        kept = f", retention {f['retention']:.3f}" if f["retention"] is not None else ""
+        against = "; ".join(f"{_points(d)} against {d['than']}" for d in f["differences"])
+        lines.append(
+            f"Measured ({f['suite']}, {f['group']}, {f['seeds']} seeds): mean R@1 "
+            f"{f['mean_r@1'] * 100:.1f}{kept}; {against}; {f['seconds']:.0f} s to train"
+        )
     return "\n".join(lines)
+
+
+def against_plain_fine_tuning(name: str) -> str:
+    """Whether a recipe beats plain fine-tuning of the same student at the same budget, by our tables: on
+    photos where there are any, else on the demo's scenes. Empty where it wasn't held against it."""
+    measured = sorted(_measured(name), key=lambda f: f["suite"] == "demo")
+    for f in measured:
+        rivals = {d["than"]: d for d in f["differences"] if d["than"] in PLAIN}
+        rival = next((rivals[name] for name in PLAIN if name in rivals), None)
+        if rival is None:
+            continue
+        low, high = rival["ci"]
+        standing = "ahead of" if low > 0 else "behind" if high < 0 else "no gain over"
+        return f"{standing} {rival['than']}: {_points(rival)} ({f['suite']})"
+    return ""
+
+
+PLAIN = ("sft+wise_ft", "sft")  # of the two the stronger one first
+
+
+def _measured(name: str) -> list[dict[str, Any]]:
+    figures = json.loads((HERE / "figures.json").read_text()) if (HERE / "figures.json").is_file() else []
+    return [f for f in figures if f["recipe"] == name]
+
+
+def _points(difference: dict[str, Any]) -> str:
+    low, high = difference["ci"]
+    return f"{difference['difference'] * 100:+.1f} [{low * 100:+.1f}, {high * 100:+.1f}]"

@@ -14,7 +14,16 @@ from dclip_qdrant.training.figures import Figures, RunFigures, load_ranks
 from dclip_qdrant.training.runs import Run
 
 # of [train]: what a recipe is, not what it costs
-OWN_SETTINGS = ("region_share", "span_share", "picture_share", "views", "crop_scale", "flip", "phases")
+OWN_SETTINGS = (
+    "region_share",
+    "span_share",
+    "picture_share",
+    "views",
+    "crop_scale",
+    "flip",
+    "mixup",
+    "phases",
+)
 AFTER_WISE_FT = "+wise_ft"
 
 
@@ -79,10 +88,12 @@ class Difference:
 def same_budget(recipe: Recipe, main: Recipe) -> Recipe:
     """`recipe` with the main one's detector, trainable set, learning rates and interpolation, and with as
     many epochs as make the same number of student forward passes over pictures and crops (rounded up: a rival
-    never gets less). Without its turn for an index, which changes nothing at full length."""
+    never gets less). Hubness reduction is everybody's, so that what distillation adds is seen by itself;
+    without the turn for an index, which changes nothing at full length."""
     raw, other = recipe.as_dict(), main.as_dict()
-    for part in ("student", "keep"):
+    for part in ("student", "keep", "hubness"):
         raw[part] = other[part]
+    raw["student"]["start"] = recipe.student.start  # a way to distil, not what may learn
     del raw["index"]
     raw["regions"] |= {k: other["regions"][k] for k in ("detector", "options")}
     share = passes(main) / passes(recipe)

@@ -140,8 +140,7 @@ class Experiment:
 
     def _check_recipes(self) -> None:
         # a cut of the base has its width and its projections: nothing has to be cut to check them
-        is_other = self.request.recipe.student.model is not None
-        student = self.student if is_other else self.base
+        student = self.whole_student
         for model in {id(m): m for m in (self.base, student)}.values():
             try_towers(model)
         if self.request.recipe.student.inherit is None:  # a cut is smaller than what it is cut from
@@ -163,29 +162,38 @@ class Experiment:
 
     @property
     def student_name(self) -> str:
-        """The model that students start from, as workers load it: the base, another one, or a cut of the
-        base."""
+        """The model that students start from, as workers load it: the base, another one, or a cut of
+        either."""
         cut = self.request.recipe.student.inherit
         if cut:
-            mark = digest({"base": self.request.base, **cut.model_dump()})
+            mark = digest({"base": self.whole_student_name, **cut.model_dump(exclude_none=True)})
             return str(storage.as_path(self.request.stages) / f"inherit-{mark}")
+        return self.whole_student_name
+
+    @property
+    def whole_student_name(self) -> str:
+        """The model that students start from, or are cut from."""
         return self.request.recipe.student.model or self.request.base
 
     @cached_property
+    def whole_student(self) -> TwoTower:
+        name = self.whole_student_name
+        return self.base if name == self.request.base else two_tower.load(name)
+
+    @cached_property
     def student(self) -> TwoTower:
-        """The model that students start from. A cut of the base is written under the stages, once."""
+        """The model that students start from. A cut is written under the stages, once."""
         cut = self.request.recipe.student.inherit
-        if cut:
-            inherit.write(
-                self.base, self.student_name, image_layers=cut.image_layers, text_layers=cut.text_layers
-            )
-        return self.base if self.student_name == self.request.base else two_tower.load(self.student_name)
+        if not cut:
+            return self.whole_student
+        inherit.write(self.whole_student, self.student_name, cut)
+        return two_tower.load(self.student_name)
 
     @property
     def reference(self) -> str | None:
         """What retention is measured against, where it isn't the student as it starts: a cut of the base by
         itself knows nothing."""
-        return self.request.base if self.request.recipe.student.inherit else None
+        return self.whole_student_name if self.request.recipe.student.inherit else None
 
     @property
     def facts(self) -> Facts:
@@ -382,18 +390,24 @@ class Experiment:
         if model == "base":
             return model
         logger.info("further teacher %s", model)
-        stage = extract_features(
-            FeatureRequest(
-                root=self.request.stages,
-                pairs=self.pairs,
-                recipe=Recipe.model_validate(recipe.as_dict() | {"teacher": None}),
-                base=model,
-                base_fingerprint=two_tower.load(model).fingerprint,
-                seed=self.request.seeds[0],
-            ),
-            actors=self.request.actors,
-            from_scratch=self.request.from_scratch,
+        request = FeatureRequest(
+            root=self.request.stages,
+            pairs=self.pairs,
+            recipe=recipe.model_copy(update={"teacher": None}),
+            base=self.whole_student_name if model == "student" else model,
+            base_fingerprint="",
+            seed=self.request.seeds[0],
         )
+        request = replace(request, base_fingerprint=two_tower.load(request.base).fingerprint)
+        if model == "student" and recipe.student.start == "fitted":  # below its projections too
+            request = replace(
+                request,
+                student=self.student_name,
+                student_fingerprint=self.student.fingerprint,
+                student_image=self.student.has_trunk,
+                student_text=self.student.has_text_trunk,
+            )
+        stage = extract_features(request, actors=self.request.actors, from_scratch=self.request.from_scratch)
         return str(stage.path)
 
     def _picture_features(self, recipe: Recipe) -> Stage:
@@ -425,8 +439,15 @@ class Experiment:
     def student_run(self, recipe: Recipe, seed: int, prepared: Prepared) -> Run:
         """The `Run` of one recipe and seed."""
         settings = {k: v for k, v in recipe.as_dict().items() if k not in WORDING}
+        # what is off names a run as it did before there was such a part
         if not recipe.hubness.on:
-            del settings["hubness"]  # off is what there was before there was such a part
+            del settings["hubness"]
+        if not recipe.ensemble.joint:
+            settings["ensemble"] = {"models": recipe.ensemble.models}
+        if recipe.student.start == "as_is":
+            del settings["student"]["start"]
+        if not recipe.train.mixup:
+            del settings["train"]["mixup"]
         cache = prepared.teacher_cache
         inputs: dict[str, Any] = (
             asdict(self.facts)

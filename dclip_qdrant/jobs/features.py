@@ -27,8 +27,9 @@ from dclip_qdrant.recipe import Recipe
 from dclip_qdrant.tables import contracts
 from dclip_qdrant.tables.stages import Stage, parts, write_part
 from dclip_qdrant.training.data import apply_view, view_box
-from dclip_qdrant.training.evaluate import FORWARD, encode_texts
+from dclip_qdrant.training.evaluate import encode_texts
 from dclip_qdrant.training.models import two_tower
+from dclip_qdrant.training.models.bottom import FORWARD
 
 logger = logging.getLogger(__name__)
 

@@ -78,7 +78,7 @@ def check_teach(request: Request) -> None:
     if request.teach.train.picture_share:
         came = f"{request.teach.name!r} learns from pictures without captions"
         raise UsageError("`teacher_recipe`", came, "a recipe of pairs alone, like `projections` or `sft`")
-    if request.recipe.student.inherit:
+    if request.recipe.student.inherit and not request.recipe.student.model:
         came = f"{request.recipe.name!r} cuts its student from the base"
         raise UsageError("`teacher_recipe`", came, "a student that is a model by itself (student.model)")
 

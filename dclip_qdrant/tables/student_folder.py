@@ -15,12 +15,13 @@ IDENTITY = (  # what decides which vector an input gets
     "open_clip_model.safetensors",
     "open_clip_config.json",
 )
+MERGES = "bpe_merges.txt.gz"  # of open_clip's tokenizer, where the text tower has fewer tokens than CLIP's
 RUN_FILE = "run.txt"  # the run that a student was exported from
 STUDENT_FOLDER = FolderKind(
     "a student",
     MANIFEST,
     "fingerprint",
-    (*IDENTITY, RUN_FILE, "tokenizer_config.json", "recipe.toml", "metrics.json", "README.md"),
+    (*IDENTITY, RUN_FILE, MERGES, "tokenizer_config.json", "recipe.toml", "metrics.json", "README.md"),
 )
 
 

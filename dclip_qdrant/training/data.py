@@ -308,19 +308,29 @@ def in_view(boxes: np.ndarray, crop: np.ndarray, flip: np.ndarray) -> tuple[np.n
 
 
 class Decoded:
-    """Pixels [S, S, 3] uint8 that were decoded before; they stay in memory up to `limit` bytes, beyond it
-    pictures are decoded each time anew."""
+    """Pictures that were decoded before, as pixels [S, S, 3] uint8 or as what a resting part of a model made
+    of those; they stay in memory up to `limit` bytes, beyond it they are made each time anew."""
 
-    def __init__(self, limit: int, pool: ThreadPoolExecutor) -> None:
-        self._left, self._pool = limit, pool
+    def __init__(
+        self, limit: int, pool: ThreadPoolExecutor, then: Callable[[np.ndarray], np.ndarray] | None = None
+    ) -> None:
+        """`then`: pixels [B, S, S, 3] -> what is kept of them [B, ...]."""
+        self._left, self._pool, self._then = limit, pool, then
         self._kept: dict[Hashable, np.ndarray] = {}
 
     def __call__(self, keys: Sequence[Hashable], make: Callable[[int], np.ndarray]) -> np.ndarray:
-        """[len(keys), S, S, 3]; `make(j)` decodes what `keys[j]` stands for, on threads."""
+        """[len(keys), ...]; `make(j)` decodes what `keys[j]` stands for, on threads."""
         missing = [j for j, k in enumerate(keys) if k not in self._kept]
-        made = dict(zip(missing, self._pool.map(make, missing), strict=True))
+        made = self._made(missing, make)
         out = np.stack([made[j] if j in made else self._kept[k] for j, k in enumerate(keys)])
-        for j, pixels in made.items():
-            if pixels.nbytes <= self._left and keys[j] not in self._kept:
-                self._kept[keys[j]], self._left = pixels, self._left - pixels.nbytes
+        for j, value in made.items():
+            if value.nbytes <= self._left and keys[j] not in self._kept:
+                self._kept[keys[j]], self._left = value, self._left - value.nbytes
         return out
+
+    def _made(self, missing: list[int], make: Callable[[int], np.ndarray]) -> dict[int, np.ndarray]:
+        pixels = list(self._pool.map(make, missing))
+        if self._then is None or not pixels:
+            return dict(zip(missing, pixels, strict=True))
+        # copies: a row of the whole would keep all of it in memory
+        return {j: row.copy() for j, row in zip(missing, self._then(np.stack(pixels)), strict=True)}

@@ -15,12 +15,10 @@ from dclip_qdrant.pairs import Pairs
 from dclip_qdrant.pairs.labelled import Labelled
 from dclip_qdrant.pictures.preprocess import Preprocess
 from dclip_qdrant.training.data import TEXT_COLUMNS, Decoded, Pictures, load_cache
+from dclip_qdrant.training.models.bottom import FORWARD, Bottom
 from dclip_qdrant.training.models.two_tower import TwoTower
 
 BATCH = 64  # pictures that are decoded together
-# pictures a forward pass. On a CPU 16 are as fast as 64 and hold 1.3 GB where those hold 2.7 (a MobileNet,
-# with an allocator that keeps what it has: jobs/cluster.py)
-FORWARD = {"cpu": 16, "cuda": 256}
 KEPT_BYTES = 512 << 20  # decoded pictures of an evaluation set stay in memory up to this
 
 
@@ -31,6 +29,7 @@ class PictureSet:
     def __init__(self, load: Callable[[int], Image.Image], n: int) -> None:
         self._load, self.n = load, n
         self._decoded = Decoded(KEPT_BYTES, ThreadPoolExecutor(max(2, os.cpu_count() or 2)))
+        self._below: tuple[str, np.ndarray] | None = None  # what whose resting part saw
 
     def batches(self, preprocess: Preprocess) -> Iterator[np.ndarray]:
         """[B, S, S, 3] uint8, in order; the next batch is decoded while this one is used."""
@@ -47,6 +46,24 @@ class PictureSet:
                 if following is not None:
                     coming = ahead.submit(read, following)
                 yield batch
+
+    def below(self, bottom: Bottom, preprocess: Preprocess, device: str) -> Iterator[np.ndarray]:
+        """[B, C, h, w] of what a resting part of a trunk sees of them, in order; kept, as pixels are, for the
+        next weights above it."""
+        mark = bottom.mark()
+        if self._below is None or self._below[0] != mark:
+            self._below = None
+            seen: list[np.ndarray] = []
+            for pixels in self.batches(preprocess):
+                maps = bottom.of_pixels(pixels, device)
+                if sum(m.nbytes for m in seen) + maps.nbytes <= KEPT_BYTES:
+                    seen.append(maps)
+                yield maps
+            if sum(map(len, seen)) == self.n and seen:
+                self._below = (mark, np.concatenate(seen))
+            return
+        for start in range(0, self.n, BATCH):
+            yield self._below[1][start : start + BATCH]
 
 
 def spread(count: int, most: int | None = None) -> np.ndarray:
@@ -144,6 +161,15 @@ class LabelledSet:
 
     def right(self, model: TwoTower) -> np.ndarray:
         """Which pictures [N] the model puts into their own class, zero-shot."""
+        return self.right_by(*self.vectors(model))
+
+    def right_by(self, image: np.ndarray, classes: np.ndarray) -> np.ndarray:
+        """The same by vectors of pictures [N, D] and of the classes' prompts [C, D]."""
+        labels = np.array(self.data.labels)
+        return metrics.zero_shot_right(metrics.normalise(image), labels, metrics.normalise(classes))
+
+    def vectors(self, model: TwoTower) -> tuple[np.ndarray, np.ndarray]:
+        """Of the pictures [N, D] and of the classes' prompts [C, D], not normalised."""
         if model.trunk_frozen:
             # not "the trunk's" alone: another model, or updates merged into the weights, see other things
             whose = model.trunk_mark()
@@ -152,10 +178,7 @@ class LabelledSet:
             image = _batched(model.head, self._trunk[1], self.device)
         else:
             image = encode_images(model, self.decoded, self.device)
-        classes = encode_texts(model, self.data.prompts, self.device)
-        return metrics.zero_shot_right(
-            metrics.normalise(image), np.array(self.data.labels), metrics.normalise(classes)
-        )
+        return image, encode_texts(model, self.data.prompts, self.device)
 
 
 @torch.no_grad()
@@ -174,6 +197,12 @@ def encode_images(
 ) -> np.ndarray:
     """[N, D] (or trunk features [N, F]), decoded on threads ahead of the model."""
     out = []
+    bottom = None if trunk else Bottom.of(model)
+    if bottom is not None:
+        for batch in pictures.below(bottom, model.preprocess, device):
+            for maps in torch.from_numpy(batch).split(FORWARD[device]):
+                out.append(bottom.above(maps.float().to(device)).float().cpu().numpy())
+        return np.concatenate(out)
     for batch in pictures.batches(model.preprocess):
         for pixels in torch.from_numpy(batch).split(FORWARD[device]):
             x = model.normalised(pixels.to(device))

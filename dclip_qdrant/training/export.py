@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from dclip_qdrant.lookup import need
 from dclip_qdrant.tables import storage
-from dclip_qdrant.tables.student_folder import MANIFEST, MANIFEST_VERSION, file_hash, fingerprint_of
+from dclip_qdrant.tables.student_folder import MANIFEST, MANIFEST_VERSION, MERGES, file_hash, fingerprint_of
 from dclip_qdrant.training.models.model_folder import for_local_dir
 from dclip_qdrant.training.models.two_tower import TwoTower
+from dclip_qdrant.training.models.vocabulary import is_cut, write_merges
 from dclip_qdrant.training.tokenizer_files import write_tokenizer
 
 EXAMPLE_LENGTH = 9  # tokens of the text that a tower of any length is traced with
@@ -65,6 +66,8 @@ def write_student(
     storage.write_json(folder / "open_clip_config.json", config)
     weights = {key: value.contiguous() for key, value in model.weights().items()}
     save_file(weights, folder / "open_clip_model.safetensors")
+    if is_cut(model.tokenizer):
+        write_merges(model.tokenizer, folder / MERGES)
     storage.write_text(folder / "recipe.toml", _toml(recipe))
     storage.write_json(folder / "metrics.json", metrics)
     parameters = dict(model.model.named_parameters())

@@ -1,11 +1,10 @@
 """Runs: a base model's figures, a teacher, a student. Each takes a `Run`, writes its stage folder and can be
 killed at any moment."""
 
-import itertools
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,7 @@ from dclip_qdrant.pairs import Pairs
 from dclip_qdrant.recipe import Recipe, TeacherSettings
 from dclip_qdrant.tables import storage
 from dclip_qdrant.tables.stages import Stage
-from dclip_qdrant.training import hubness, rotation
+from dclip_qdrant.training import fitted_start, hubness, joint_target, rotation
 from dclip_qdrant.training.checkpoint import Checkpoints
 from dclip_qdrant.training.data import REGION_COLUMNS, TEXT_COLUMNS, Cache, Pictures, load_cache
 from dclip_qdrant.training.distributed import Comm
@@ -315,14 +314,19 @@ class Worker:
             return pairs.table(["captions"], ("train",), rows=some)["captions"].to_pylist()
 
         start = model.weights()
+        cache = rows.cache
+        if recipe.ensemble.joint:
+            cache = self._with_joint_target(run, recipe, cache, model.dim, log)
+            if recipe.student.start == "fitted":
+                fitted_start.fit(model, _of_student(recipe, rows.cache), cache, log)
         task = StudentTask(
             model,
             recipe,
             rows.pictures,
             rows.captions,
-            rows.cache,
+            cache,
             seed=run.seed,
-            same_base=run.student == run.base,
+            same_base=run.student == run.base and not recipe.ensemble.joint,
             base=lambda: two_tower.load(run.base),
             uncaptioned=self._uncaptioned(run, pairs, log) if recipe.train.picture_share else None,
             device=self.device,
@@ -394,11 +398,41 @@ class Worker:
         counts = [len(c) for c in captions]
         cache = self._cache(pictures.keys, counts, features, teacher, need=need)
         cache.others = tuple(
-            cache if other == "base" else self._cache(pictures.keys, counts, UPath(other), need=("texts",))
+            cache if other == "base" else self._cache(pictures.keys, counts, UPath(other), need=TEXT_COLUMNS)
             for other in run.others
         )
         rows = Rows(cache, captions, pictures, np.arange(len(captions)))
         return rows, InMemory(len(captions), run.seed)
+
+    def _with_joint_target(self, run: Run, recipe: Recipe, cache: Cache, width: int, log: Log) -> Cache:
+        """The cache with one target of all teachers in the place of the teacher's vectors."""
+        members = [joint_target.Member(c.image, c.texts) for c in (cache, *cache.others)]
+        weight = self._joint_weight(run, recipe, log)
+        own = _of_student(recipe, cache)
+        start = joint_target.Member(own.image, own.texts)
+        joint = joint_target.learn(members, joint_target.weights_of(len(members), weight), start, width)
+        return replace(
+            cache,
+            teacher=joint([m.image for m in members])[:, :, None],
+            texts=joint([m.text for m in members]),
+            text_trunk=None,
+            others=(),
+        )
+
+    def _joint_weight(self, run: Run, recipe: Recipe, log: Log) -> float:
+        """Of every teacher but the first, chosen on validation."""
+        candidates = recipe.ensemble.weights
+        if len(candidates) == 1:
+            return candidates[0]
+        if not Pairs.open(run.pairs).splits().get("val"):
+            log(f"no val split: further teachers get the middle weight, {candidates[len(candidates) // 2]:g}")
+            return candidates[len(candidates) // 2]
+        sets = [self._choosing(replace(run, features=o)) for o in (run.features, *run.others) if o != "base"]
+        members = [joint_target.Member(s.cache.image, s.cache.texts) for s in sets if s.cache is not None]
+        weight, found = joint_target.choose_weight(members, candidates, sets[0].owner)
+        tried = ", ".join(f"{c:g}: {f:.3f}" for c, f in zip(candidates, found, strict=True))
+        log(f"further teachers' weight {weight:g} (mean recall on val: {tried})")
+        return weight
 
     def _uncaptioned(self, run: Run, pairs: Pairs, log: Log) -> Uncaptioned | None:
         """The pictures without captions, less those that also stand in val or test."""
@@ -418,28 +452,43 @@ class Worker:
         return Uncaptioned(pictures, cache)
 
     def _sweep(self, run: Run, trained: "Trained") -> list[SweepPoint]:
-        """Every alpha of WiSE-FT with every strength against hubs, on validation; each rank has its share."""
-        recipe, labelled = trained.recipe, self._labelled(run)
+        """Every alpha of WiSE-FT with every strength against hubs, on validation; each rank has its share of
+        the alphas."""
+        labelled = self._labelled(run)
         if labelled:
             self._right_of_base(run, trained, labelled)  # first: it puts the starting weights into the model
-        points = list(itertools.product(recipe.keep.wise_ft, recipe.hubness.strengths))
-        return self.comm.spread(points, lambda point: self._sweep_point(run, trained, labelled, *point))
+        alphas = list(trained.recipe.keep.wise_ft)
+        points = self.comm.spread(alphas, lambda alpha: self._sweep_alpha(run, trained, labelled, alpha))
+        return [point for of_alpha in points for point in of_alpha]
 
-    def _sweep_point(
-        self, run: Run, trained: "Trained", labelled: LabelledSet | None, alpha: float, strength: float
-    ) -> SweepPoint:
-        text_map = self._place(run, trained, alpha, strength)
-        val = val_mean_r1 = zero_shot = retention = None
-        if trained.val is not None:
-            ranks = trained.val.ranks(trained.model, cached_text=trained.cached_text, text_map=text_map)
-            figures = metrics.retrieval(ranks, bootstrap=0)
-            # R@1 alone is one picture in a hundred of noise on small splits: R@1, 5 and 10 choose together
-            recalls = [figures[way][f"r@{k}"] for way in ("t2i", "i2t") for k in metrics.KS]
-            val, val_mean_r1 = float(np.mean(recalls)), figures["mean_r@1"]
-        if labelled:
-            own, base = (right[labelled.choosing] for right in self._rights(run, trained, labelled))
-            zero_shot, retention = float(own.mean()), _ratio(own, base)
-        return SweepPoint(alpha, strength, val, val_mean_r1, zero_shot, retention)
+    def _sweep_alpha(
+        self, run: Run, trained: "Trained", labelled: LabelledSet | None, alpha: float
+    ) -> list[SweepPoint]:
+        """One alpha with every strength: what is against hubs is linear behind the towers, so that these
+        see each picture and caption once."""
+        model, cfg = trained.model, trained.recipe.hubness
+        self._interpolate(trained, alpha)
+        val = trained.val.vectors(model, cached_text=trained.cached_text) if trained.val else None
+        classes = labelled.vectors(model) if labelled else None
+        train = self._train_vectors(run, trained) if cfg.on else None
+        points = []
+        for strength in cfg.strengths:
+            image_map = text_map = np.eye(model.dim, dtype=np.float32)
+            if strength and train is not None:
+                image_map, text_map = (m.float().numpy() for m in hubness.maps(*train, cfg.share, strength))
+            found = val_mean_r1 = zero_shot = retention = None
+            if trained.val is not None and val is not None:
+                vectors = (metrics.normalise(val[0] @ image_map), metrics.normalise(val[1] @ text_map))
+                figures = metrics.retrieval(metrics.ranks(*vectors, trained.val.owner), bootstrap=0)
+                found, val_mean_r1 = metrics.mean_recall(figures), figures["mean_r@1"]
+            if labelled and classes is not None:
+                right = labelled.right_by(classes[0] @ image_map, classes[1] @ text_map)
+                own, base = (
+                    r[labelled.choosing] for r in (right, self._right_of_base(run, trained, labelled))
+                )
+                zero_shot, retention = float(own.mean()), _ratio(own, base)
+            points.append(SweepPoint(alpha, strength, found, val_mean_r1, zero_shot, retention))
+        return points
 
     def _measure(
         self, run: Run, trained: "Trained", alpha: float, strength: float, name: str
@@ -453,14 +502,10 @@ class Worker:
         labelled = self._labelled(run)
         if not labelled:
             return Figures(retrieval), text_map
-        own, base = (right[labelled.reported] for right in self._rights(run, trained, labelled))
+        rights = (labelled.right(trained.model), self._right_of_base(run, trained, labelled))
+        own, base = (right[labelled.reported] for right in rights)
         interval = list(metrics.ratio_interval(base, own))
         return Figures(retrieval, float(own.mean()), _ratio(own, base), interval), text_map
-
-    def _rights(self, run: Run, trained: "Trained", labelled: LabelledSet) -> tuple[np.ndarray, np.ndarray]:
-        """Which labelled pictures [N] the student as it stands gets right, and the base."""
-        own = labelled.right(trained.model)
-        return own, self._right_of_base(run, trained, labelled)
 
     def _turn_for_index(
         self, run: Run, trained: "Trained", text_map: np.ndarray | None, log: Log
@@ -479,19 +524,24 @@ class Worker:
     def _place(self, run: Run, trained: "Trained", alpha: float, strength: float) -> np.ndarray | None:
         """Interpolates the weights and turns their hubs down; the text side's map, which cached text vectors
         lack."""
-        model = trained.model
+        self._interpolate(trained, alpha)
+        if not strength:
+            return None
+        vectors = self._train_vectors(run, trained)
+        image_map, text_map = hubness.maps(*vectors, trained.recipe.hubness.share, strength)
+        trained.model.map_outputs(image_map.to(self.device), text_map.to(self.device))
+        return text_map.float().numpy()
+
+    def _interpolate(self, trained: "Trained", alpha: float) -> None:
         weights = trained.end
         if alpha != 1.0:
             weights = two_tower.interpolate(trained.start, trained.end, alpha)
-        model.load_weights(weights)
-        if not strength:
-            return None
-        cfg = trained.recipe.hubness
-        train = self._eval_set(run, "train", cfg.pictures)
-        vectors = train.vectors(model, cached_text=trained.cached_text)
-        image_map, text_map = hubness.maps(*vectors, cfg.share, strength)
-        model.map_outputs(image_map.to(self.device), text_map.to(self.device))
-        return text_map.float().numpy()
+        trained.model.load_weights(weights)
+
+    def _train_vectors(self, run: Run, trained: "Trained") -> tuple[np.ndarray, np.ndarray]:
+        """Of training pictures and captions, which tell where the power lies."""
+        train = self._eval_set(run, "train", trained.recipe.hubness.pictures)
+        return train.vectors(trained.model, cached_text=trained.cached_text)
 
 
 @dataclass(frozen=True)
@@ -508,6 +558,11 @@ class Trained:
     learning: int
     val: EvalSet | None
     checkpoints: Checkpoints
+
+
+def _of_student(recipe: Recipe, cache: Cache) -> Cache:
+    """What the student's model says before it learns, among a joint recipe's further teachers."""
+    return cache.others[recipe.ensemble.models.index("student")]
 
 
 def needs(run: Run) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from dclip_qdrant.pictures.preprocess import Preprocess
 from dclip_qdrant.recipe import Recipe
 from dclip_qdrant.training.data import Cache, Decoded, Pictures, apply_view, draw, in_view
 from dclip_qdrant.training.loop import Vectors
+from dclip_qdrant.training.models.bottom import Bottom
 from dclip_qdrant.training.models.two_tower import TwoTower
 from dclip_qdrant.training.phrase_bank import PhraseBank
 from dclip_qdrant.training.reading import Drawn, Loads, Rows
@@ -22,7 +23,8 @@ DECODED_BYTES = 2 << 30  # a worker; 14,000 pictures of 224 x 224
 
 @dataclass
 class StudentBatch:
-    """N pictures, C captions each. `images`: pixels [N, S, S, 3] uint8, or trunk features [N, F]; `texts`:
+    """N pictures, C captions each. `images`: pixels [N, S, S, 3] uint8, what the resting part of the trunk
+    gives [N, C, h, w] float16 (models/bottom.py), or trunk features [N, F]; `texts`:
     token ids [N * C, L], features below the projection [N * C, W], or vectors [N * C, D].
 
     `fixed`: what doesn't learn, by the name it has in `Encoded` ("image" and "text" are the teacher's,
@@ -72,11 +74,15 @@ class Batches:
         seed: int,
         bank: PhraseBank | None,
         uncaptioned: Uncaptioned | None,
+        bottom: Bottom | None = None,
+        device: str = "cpu",
     ) -> None:
         self._model, self._recipe, self._rows, self._seed = model, recipe, rows, seed
         self._reads, self._resting, self._bank, self._uncaptioned = reads, resting, bank, uncaptioned
         self._ids: dict[int, Tensor] = {}  # token ids [C, L] of the pictures of `rows`, once they are drawn
-        self._decoded = Decoded(DECODED_BYTES, ThreadPoolExecutor(max(2, os.cpu_count() or 2)))
+        pool = ThreadPoolExecutor(max(2, os.cpu_count() or 2))
+        then = None if bottom is None else lambda pixels: bottom.of_pixels(pixels, device)
+        self._decoded = Decoded(DECODED_BYTES, pool, then)
 
     def make(self, read: Drawn, epoch: int, device: str) -> StudentBatch:
         rows, index = (read, np.arange(len(read))) if isinstance(read, Rows) else (self._rows, read)
@@ -117,6 +123,8 @@ class Batches:
         batch = StudentBatch(
             images, texts, {k: torch.from_numpy(np.asarray(v, np.float32)) for k, v in fixed.items()}
         )
+        if t.mixup:
+            self._mix(batch, numbers, epoch)
         self._add_regions(batch, rows, index, epoch)
         self._add_uncaptioned(batch, numbers, epoch)
         if "rois" in self._reads:
@@ -127,13 +135,26 @@ class Batches:
             )
             batch.spans, batch.fixed["spans"] = self._bank.ids[some], self._bank.vectors[some]
         return StudentBatch(
-            images.to(device),
+            batch.images.to(device),
             texts.to(device),
             {k: v.to(device) for k, v in batch.fixed.items()},
             None if batch.crops is None else batch.crops.to(device),
             None if batch.spans is None else batch.spans.to(device),
             None if batch.pictures is None else batch.pictures.to(device),
         )
+
+    def _mix(self, batch: StudentBatch, numbers: np.ndarray, epoch: int) -> None:
+        """Blends every picture with another one of the batch, and their targets alike (mixup, Zhang et al.
+        2018, eq. 1; the larger share is the picture's own)."""
+        alpha = self._recipe.train.mixup
+        draws = np.array([self._rng(epoch, int(number), 5).beta(alpha, alpha) for number in numbers])
+        share = torch.from_numpy(np.maximum(draws, 1 - draws).astype(np.float32))
+        partner = torch.from_numpy(self._rng(epoch, int(numbers[0]), 6).permutation(len(numbers)))
+        own = batch.images.float()
+        mixed = torch.lerp(own[partner], own, share.reshape(-1, *[1] * (own.ndim - 1)))
+        batch.images = (mixed if batch.images.is_floating_point() else mixed.round()).to(batch.images.dtype)
+        target = nn.functional.normalize(batch.fixed["image"], dim=-1)
+        batch.fixed["image"] = torch.lerp(target[partner], target, share[:, None])
 
     def _tokens(self, rows: Rows, index: np.ndarray, chosen: Sequence[np.ndarray]) -> Tensor:
         """[N * C, L] ids of the captions drawn for each picture; those of `rows` are made once."""

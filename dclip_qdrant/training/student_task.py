@@ -12,6 +12,7 @@ from dclip_qdrant.recipe import ObjectiveSettings, Recipe
 from dclip_qdrant.training.data import Cache
 from dclip_qdrant.training.encoded import Encoded
 from dclip_qdrant.training.loop import Vectors
+from dclip_qdrant.training.models.bottom import Bottom
 from dclip_qdrant.training.models.two_tower import TwoTower
 from dclip_qdrant.training.objectives import build
 from dclip_qdrant.training.phrase_bank import PhraseBank
@@ -108,6 +109,8 @@ class StudentTask:
             text=self.cached_text,
             text_trunk=not self.cached_text and model.text_trunk_frozen and text_trunk,
         )
+        # regions inside of a picture are pooled from a map that only a whole pass gives
+        self.bottom = None if self.resting.image or "rois" in self.reads else Bottom.of(model)
         self.base: Any = base().to(device) if base is not None and self.reads & {"spans", "words"} else None
         self.bank = None
         if "spans" in self.reads:
@@ -126,6 +129,8 @@ class StudentTask:
             seed=seed,
             bank=self.bank,
             uncaptioned=uncaptioned,
+            bottom=self.bottom,
+            device=device,
         )
 
     def groups(self) -> list[dict[str, Any]]:
@@ -188,11 +193,11 @@ class StudentTask:
         )
 
     def _image(self, images: Tensor) -> Tensor:
-        return (
-            self.model.head(images.float())
-            if self.resting.image
-            else self.model.encode_image(self.model.normalised(images))
-        )
+        if self.resting.image:
+            return self.model.head(images.float())
+        if self.bottom is not None:
+            return self.bottom.above(images.float())
+        return self.model.encode_image(self.model.normalised(images))
 
     def encode(self, part: StudentBatch) -> Vectors:
         out: Vectors = {}

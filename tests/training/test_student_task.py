@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dclip_qdrant.errors import RecipeError
-from dclip_qdrant.recipe import Recipe
+from dclip_qdrant.recipe import InheritSettings, Recipe
 from dclip_qdrant.training.data import Cache, in_view
 from dclip_qdrant.training.distributed import Comm
 from dclip_qdrant.training.loop import fit, gradients
@@ -231,7 +231,7 @@ def test_which_layers_stay():
 def test_a_cut_keeps_whole_layers_and_loads_as_a_model(tiny_base, tmp_path):
     whole = load(str(tiny_base))
     folder = str(tmp_path / "cut")
-    inherit.write(whole, folder, image_layers=1, text_layers=1)
+    inherit.write(whole, folder, InheritSettings(image_layers=1, text_layers=1))
     small = load(folder)
     assert small.config["vision_cfg"]["layers"] == small.config["text_cfg"]["layers"] == 1
     a, b = whole.weights(), small.weights()
@@ -243,7 +243,7 @@ def test_a_cut_keeps_whole_layers_and_loads_as_a_model(tiny_base, tmp_path):
 
 def test_a_cut_of_everything_is_no_cut(tiny_base, tmp_path):
     with pytest.raises(RecipeError, match="fewer than the 2"):
-        inherit.write(load(str(tiny_base)), str(tmp_path / "cut"), text_layers=2)
+        inherit.write(load(str(tiny_base)), str(tmp_path / "cut"), InheritSettings(text_layers=2))
 
 
 def test_patch_features_average_to_regions_and_the_embedding_is_the_models(tiny_base):
@@ -294,8 +294,11 @@ def test_every_recipe_trains_a_step_and_the_student_changes(tiny_base, cache, tm
         inherit.write(
             load(str(tiny_base)),
             start,
-            image_layers=1 if cut.image_layers else None,
-            text_layers=1 if cut.text_layers else None,
+            InheritSettings(
+                image_layers=1 if cut.image_layers else None,
+                text_layers=1 if cut.text_layers else None,
+                vocabulary=cut.vocabulary,
+            ),
         )
     own_cache = (
         replace(cache, teacher=np.random.default_rng(1).standard_normal((N, 1, 2, 32)).astype(np.float16))

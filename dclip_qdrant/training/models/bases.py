@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from dclip_qdrant.errors import UsageError
 from dclip_qdrant.lookup import did_you_mean, missing
 from dclip_qdrant.pictures.preprocess import Preprocess
+from dclip_qdrant.tables.student_folder import MERGES
+from dclip_qdrant.training.models.vocabulary import read_merges
 
 CONFIG = "open_clip_config.json"
 WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")  # as open_clip prefers them
@@ -73,6 +75,8 @@ def open_base(name: str, *, weights: bool = True) -> Base:
             **activation,
         )
         tokenizer = open_clip.get_tokenizer(source.name)
+        if is_folder and (Path(name) / MERGES).is_file():
+            tokenizer = read_merges(Path(name) / MERGES, tokenizer.context_length)
     except ModuleNotFoundError as e:
         raise missing(e.name or "transformers", f"the model {name}") from e
     except Exception as e:  # hub, network, safetensors and open_clip each raise their own

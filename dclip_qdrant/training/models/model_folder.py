@@ -1,8 +1,9 @@
-"""A model as an open_clip folder: config, weights and, for Hugging Face's text towers, the tokenizer's files.
-What `open_base` and stock open_clip (`local-dir:`) load."""
+"""A model as an open_clip folder: config, weights and, where the tokenizer isn't CLIP's own, its files. What
+`open_base` loads, and stock open_clip (`local-dir:`) but for a cut vocabulary's tokenizer."""
 
 import json
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from open_clip.tokenizer import HFTokenizer
@@ -11,10 +12,12 @@ from torch import Tensor
 
 from dclip_qdrant.pictures.preprocess import Preprocess
 from dclip_qdrant.tables import storage
+from dclip_qdrant.tables.student_folder import MERGES
 from dclip_qdrant.training.models.bases import CONFIG, WEIGHTS
+from dclip_qdrant.training.models.vocabulary import is_cut, write_merges
 
 MODEL_FOLDER = storage.FolderKind(
-    "a model", CONFIG, "model_cfg", (WEIGHTS[0], "*.json", "vocab.txt", "*.model")
+    "a model", CONFIG, "model_cfg", (WEIGHTS[0], "*.json", "vocab.txt", "*.model", MERGES)
 )
 
 
@@ -38,6 +41,8 @@ def write_model(
         save_file({k: v.contiguous() for k, v in weights.items()}, str(part / WEIGHTS[0]))
         if isinstance(tokenizer, HFTokenizer):
             tokenizer.tokenizer.save_pretrained(str(part))
+        elif is_cut(tokenizer):
+            write_merges(tokenizer, Path(str(part)) / MERGES)
         facts = {"model_cfg": for_local_dir(config), "preprocess_cfg": asdict(preprocess)}
         storage.write_json(part / CONFIG, facts)
 

@@ -229,6 +229,11 @@ class TwoTower(nn.Module):
         return projections.text_head(self._text)
 
     @property
+    def has_text_trunk(self) -> bool:
+        """What the text tower reads below its output projection can be had by itself."""
+        return self._text_head is not None
+
+    @property
     def text_trunk_frozen(self) -> bool:
         """Nothing below the text projection learns: what it reads of a caption can be computed once and
         kept."""

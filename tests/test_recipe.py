@@ -1,5 +1,7 @@
 """Recipes: every file loads, wrong keys and values get one clear line, settings reach everywhere."""
 
+import json
+
 import pytest
 
 from dclip_qdrant.errors import RecipeError
@@ -112,6 +114,46 @@ def test_rivals_get_the_same_trainable_set_and_budget():
     assert rival.train.model_copy(update={"epochs": 0, "region_share": 0}) == main.train.model_copy(
         update={"epochs": 0, "region_share": 0}
     )
+
+
+def test_rivals_turn_hubs_down_where_the_main_recipe_does_and_start_in_their_own_way():
+    from dclip_qdrant.jobs.comparison import same_budget
+
+    joint, sft = Recipe.load("joint"), Recipe.load("sft")
+    rival = same_budget(sft, joint)
+    assert rival.hubness == joint.hubness
+    assert (rival.student.start, rival.ensemble.joint, rival.train.mixup) == ("as_is", False, 0.0)
+    assert (rival.student.last_n, rival.student.text) == (joint.student.last_n, "full")
+    assert (rival.train.views, rival.train.flip) == (joint.train.views, True)
+    # InfoNCE in batches of 64 would be a rival made weak
+    assert (rival.train.batch_size, rival.train.epochs) == (sft.train.batch_size, joint.train.epochs)
+    hubs = Recipe.load("sft", ["hubness.strengths=[5.0]"])
+    assert same_budget(hubs, sft).hubness == hubs.hubness
+
+
+def test_a_recipe_says_whether_it_beat_plain_fine_tuning(tmp_path, monkeypatch):
+    from dclip_qdrant import recipe
+
+    def row(name, suite, than, difference, low, high):
+        differences = [
+            {"than": "base", "difference": 0.5, "ci": [0.4, 0.6]},
+            {"than": than, "difference": difference, "ci": [low, high]},
+        ]
+        return {"recipe": name, "suite": suite, "differences": differences}
+
+    rows = [
+        row("a", "demo", "sft+wise_ft", -0.02, -0.03, -0.01),
+        row("a", "photos", "sft+wise_ft", 0.021, 0.01, 0.032),
+        row("b", "photos", "sft", 0.001, -0.01, 0.012),
+        row("c", "photos", "sft+wise_ft", -0.01, -0.02, -0.001),
+    ]
+    (tmp_path / "figures.json").write_text(json.dumps(rows))
+    monkeypatch.setattr(recipe, "HERE", tmp_path)
+    says = recipe.against_plain_fine_tuning
+    assert says("a") == "ahead of sft+wise_ft: +2.1 [+1.0, +3.2] (photos)"
+    assert says("b") == "no gain over sft: +0.1 [-1.0, +1.2] (photos)"
+    assert says("c") == "behind sft+wise_ft: -1.0 [-2.0, -0.1] (photos)"
+    assert says("never") == ""
 
 
 def test_a_model_folder_is_made_absolute_and_a_models_name_is_left_alone(tmp_path, monkeypatch):

@@ -36,11 +36,6 @@ labelled_option = click.option(
 recipe_option = click.option(
     "--recipe", default="best", metavar="NAME|FILE", help="A recipe's name or a .toml file."
 )
-distil_recipe_option = click.option(
-    "--recipe",
-    metavar="NAME|FILE",
-    help="A recipe's name or a .toml file.  [default: best; with --teacher: joint]",
-)
 recipe_settings_option = click.option(
     "--set",
     "settings",
@@ -126,7 +121,7 @@ def _with_weights(settings: tuple[str, ...], weights: str | None) -> tuple[str, 
 @models_options
 @out_option
 @labelled_option
-@distil_recipe_option
+@recipe_option
 @recipe_settings_option
 @recipe_weights_option
 @click.option(
@@ -185,7 +180,7 @@ def distill_command(
     teacher_recipe: str | None,
     out: str,
     labelled: str | None,
-    recipe: str | None,
+    recipe: str,
     settings: tuple[str, ...],
     detector_weights: str | None,
     compare: tuple[str, ...],
@@ -222,7 +217,6 @@ def distill_command(
     from dclip_qdrant.jobs.request import Request
     from dclip_qdrant.recipe import Recipe
 
-    recipe = recipe or ("best" if teacher is None else "joint")
     rivals = () if no_compare else tuple(rival for rival in compare if rival != recipe)
     teaches, starts = _models(base, teacher, student)
     request = Request(

@@ -88,10 +88,10 @@ class Difference:
 def same_budget(recipe: Recipe, main: Recipe) -> Recipe:
     """`recipe` with the main one's detector, trainable set, learning rates and interpolation, and with as
     many epochs as make the same number of student forward passes over pictures and crops (rounded up: a rival
-    never gets less). Hubness reduction is everybody's, so that what distillation adds is seen by itself;
-    without the turn for an index, which changes nothing at full length."""
+    never gets less). Where the main one turns hubs down, all do, so that what distillation adds is seen by
+    itself. Without the turn for an index, which changes nothing at full length."""
     raw, other = recipe.as_dict(), main.as_dict()
-    for part in ("student", "keep", "hubness"):
+    for part in ("student", "keep", *(("hubness",) if main.hubness.on else ())):
         raw[part] = other[part]
     raw["student"]["start"] = recipe.student.start  # a way to distil, not what may learn
     del raw["index"]
@@ -99,7 +99,10 @@ def same_budget(recipe: Recipe, main: Recipe) -> Recipe:
     share = passes(main) / passes(recipe)
     epochs = math.ceil(main.train.epochs * share - 1e-9)
     own = recipe.train.model_dump(mode="json")
-    raw["train"] = other["train"] | {k: own[k] for k in OWN_SETTINGS} | {"epochs": epochs}
+    settings = set(OWN_SETTINGS)
+    if main.ensemble.joint:  # a fair rival: the same views, and a batch that is large enough to contrast
+        settings = settings - {"views", "crop_scale", "flip"} | {"batch_size"}
+    raw["train"] = other["train"] | {k: own[k] for k in settings} | {"epochs": epochs}
     if recipe.train.phases:
         ends = np.cumsum([p.epochs for p in recipe.train.phases])
         ends = [round(end * epochs / recipe.train.epochs) for end in ends]

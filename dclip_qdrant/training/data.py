@@ -315,7 +315,7 @@ class Decoded:
         self, limit: int, pool: ThreadPoolExecutor, then: Callable[[np.ndarray], np.ndarray] | None = None
     ) -> None:
         """`then`: pixels [B, S, S, 3] -> what is kept of them [B, ...]."""
-        self._left, self._pool, self._then = limit, pool, then
+        self._left, self._pool, self.then = limit, pool, then
         self._kept: dict[Hashable, np.ndarray] = {}
 
     def __call__(self, keys: Sequence[Hashable], make: Callable[[int], np.ndarray]) -> np.ndarray:
@@ -330,7 +330,7 @@ class Decoded:
 
     def _made(self, missing: list[int], make: Callable[[int], np.ndarray]) -> dict[int, np.ndarray]:
         pixels = list(self._pool.map(make, missing))
-        if self._then is None or not pixels:
+        if self.then is None or not pixels:
             return dict(zip(missing, pixels, strict=True))
         # copies: a row of the whole would keep all of it in memory
-        return {j: row.copy() for j, row in zip(missing, self._then(np.stack(pixels)), strict=True)}
+        return {j: row.copy() for j, row in zip(missing, self.then(np.stack(pixels)), strict=True)}

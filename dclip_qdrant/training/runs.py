@@ -31,7 +31,7 @@ from dclip_qdrant.training.models.region_teacher import RegionTeacher
 from dclip_qdrant.training.node_cache import NodeCaches
 from dclip_qdrant.training.reading import InMemory, Reader, Rows
 from dclip_qdrant.training.streaming import OpenStream, Streamed, first_rows
-from dclip_qdrant.training.student_batch import Uncaptioned
+from dclip_qdrant.training.student_batch import KeptPictures, Uncaptioned
 from dclip_qdrant.training.student_task import StudentTask, reads_regions
 from dclip_qdrant.training.teacher_task import TeacherTask, fuse
 from dclip_qdrant.training.trackers import Report
@@ -95,6 +95,7 @@ class Worker:
         self._eval_sets: dict[tuple[str, str, str, int | None, int | None], EvalSet] = {}
         self._labelled_sets: dict[str, LabelledSet] = {}
         self._node_caches = NodeCaches()
+        self._kept = KeptPictures()
         self._base_right: dict[tuple[str, str], np.ndarray] = {}
 
     def do(self, run: Run) -> None:
@@ -331,6 +332,8 @@ class Worker:
             uncaptioned=self._uncaptioned(run, pairs, log) if recipe.train.picture_share else None,
             device=self.device,
             all_captions=all_captions if run.streams else None,
+            kept=self._kept,
+            source=f"{run.features} {run.picture_features}",
         )
         learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
         if self.comm.rank == 0:

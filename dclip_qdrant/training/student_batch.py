@@ -1,7 +1,7 @@
 """Batches of a student's run: which view and captions of each picture, and everything that doesn't learn."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -13,7 +13,6 @@ from dclip_qdrant.pictures.preprocess import Preprocess
 from dclip_qdrant.recipe import Recipe
 from dclip_qdrant.training.data import Cache, Decoded, Pictures, apply_view, draw, in_view
 from dclip_qdrant.training.loop import Vectors
-from dclip_qdrant.training.models.bottom import Bottom
 from dclip_qdrant.training.models.two_tower import TwoTower
 from dclip_qdrant.training.phrase_bank import PhraseBank
 from dclip_qdrant.training.reading import Drawn, Loads, Rows
@@ -57,6 +56,22 @@ class Resting:
     text_trunk: bool
 
 
+class KeptPictures:
+    """What pictures were decoded to, from one run of a worker to the next one that reads the same."""
+
+    def __init__(self) -> None:
+        self._mark: object = None
+        self._decoded: Decoded | None = None
+
+    def of(self, mark: object, then: Callable[[np.ndarray], np.ndarray] | None) -> Decoded:
+        """Those of an earlier run of this mark, else none yet. `mark`: all that what is kept follows from."""
+        if self._decoded is None or mark != self._mark:
+            pool = ThreadPoolExecutor(max(2, os.cpu_count() or 2))
+            self._mark, self._decoded = mark, Decoded(DECODED_BYTES, pool)
+        self._decoded.then = then
+        return self._decoded
+
+
 class Batches:
     """Makes batches from the pictures of `rows`, or from a streamed batch's own.
 
@@ -74,15 +89,12 @@ class Batches:
         seed: int,
         bank: PhraseBank | None,
         uncaptioned: Uncaptioned | None,
-        bottom: Bottom | None = None,
-        device: str = "cpu",
+        decoded: Decoded,
     ) -> None:
         self._model, self._recipe, self._rows, self._seed = model, recipe, rows, seed
         self._reads, self._resting, self._bank, self._uncaptioned = reads, resting, bank, uncaptioned
         self._ids: dict[int, Tensor] = {}  # token ids [C, L] of the pictures of `rows`, once they are drawn
-        pool = ThreadPoolExecutor(max(2, os.cpu_count() or 2))
-        then = None if bottom is None else lambda pixels: bottom.of_pixels(pixels, device)
-        self._decoded = Decoded(DECODED_BYTES, pool, then)
+        self._decoded = decoded
 
     def make(self, read: Drawn, epoch: int, device: str) -> StudentBatch:
         rows, index = (read, np.arange(len(read))) if isinstance(read, Rows) else (self._rows, read)

@@ -17,7 +17,7 @@ from dclip_qdrant.training.models.two_tower import TwoTower
 from dclip_qdrant.training.objectives import build
 from dclip_qdrant.training.phrase_bank import PhraseBank
 from dclip_qdrant.training.reading import Drawn, Loads, Rows
-from dclip_qdrant.training.student_batch import Batches, Resting, StudentBatch, Uncaptioned
+from dclip_qdrant.training.student_batch import Batches, KeptPictures, Resting, StudentBatch, Uncaptioned
 
 
 class Weighted(nn.Module):
@@ -58,7 +58,8 @@ class StudentTask:
 
     `pictures`, `captions` and `cache` are all that is trained on; of a streamed run a few of it, which show
     what the rest is like, and `all_captions` gives those that phrases are taken from. `base` gives the frozen
-    model that phrases and words are held to, for objectives that read them.
+    model that phrases and words are held to, for objectives that read them. `kept` are pictures that an
+    earlier run of the same worker decoded, of the same `source`.
     """
 
     def __init__(
@@ -75,6 +76,8 @@ class StudentTask:
         uncaptioned: Uncaptioned | None = None,
         device: str = "cpu",
         all_captions: Callable[[], Sequence[list[str]]] | None = None,
+        kept: KeptPictures | None = None,
+        source: str = "",
     ) -> None:
         self.model, self.recipe, self.cache, self.device = model.to(device), recipe, cache, device
         self.size = len(captions)
@@ -129,9 +132,19 @@ class StudentTask:
             seed=seed,
             bank=self.bank,
             uncaptioned=uncaptioned,
-            bottom=self.bottom,
-            device=device,
+            decoded=(kept or KeptPictures()).of(self._mark(source), self._below),
         )
+
+    def _mark(self, source: str) -> tuple[str, ...]:
+        """What decoded pictures follow from."""
+        mark = "" if self.bottom is None else self.bottom.mark()
+        return (source, repr(self.model.preprocess), mark)
+
+    @property
+    def _below(self) -> Callable[[np.ndarray], np.ndarray] | None:
+        """What is kept of pixels: what the resting part makes of them, where there is one."""
+        bottom = self.bottom
+        return None if bottom is None else lambda pixels: bottom.of_pixels(pixels, self.device)
 
     def groups(self) -> list[dict[str, Any]]:
         """Optimizer groups: learning rate by tower and layer; weight decay on matrices alone."""

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 import click
@@ -152,6 +153,7 @@ def test_recipes_list_and_show():
     listed = run("recipes", "list").stdout
     assert listed == run("recipes").stdout
     assert "\nconaclip " in listed
+    assert re.search(r"\nclip_refine +CLIP-Refine.*\n +behind sft\+wise_ft: -0.7 \[", listed)
     shown = run("recipes", "show", "clip_refine").stdout
     assert shown.startswith("clip_refine: CLIP-Refine")
     assert "\nPick it: when you have no detector" in shown

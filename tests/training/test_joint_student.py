@@ -161,3 +161,9 @@ def test_pictures_are_seen_by_the_resting_part_once(run, monkeypatch):
     seen.clear()
     worker._sweep(again, trained)
     assert sum(seen) == splits["val"]
+    seen.clear()
+    before = trained.history
+    other = replace(again, seed=1, inputs={"seen": "another seed"})
+    trained = worker._train_student(other, lambda line: None)
+    assert sum(seen) < splits["train"]  # the first seed's pictures are still there
+    assert trained.history[0]["loss"] != before[0]["loss"]

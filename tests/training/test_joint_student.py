@@ -106,6 +106,8 @@ def test_the_target_is_the_mean_of_the_teachers_cosines(run, finished):
         load_cache(pictures.keys, counts, UPath(path), need=TEXT_COLUMNS)
         for path in (run.features, run.others[0])
     )
+    np.testing.assert_array_equal(cache.crop, other.crop)  # both saw the same views
+    np.testing.assert_array_equal(cache.flip, other.flip)
     cache.others = (other,)
     worker = Worker(Comm(), "cpu", lambda line: None)
     joint = worker._with_joint_target(run, Recipe(**run.recipe), cache, 24, lambda line: None)

@@ -125,6 +125,7 @@ def test_rivals_turn_hubs_down_where_the_main_recipe_does_and_start_in_their_own
     assert (rival.student.start, rival.ensemble.joint, rival.train.mixup) == ("as_is", False, 0.0)
     assert (rival.student.last_n, rival.student.text) == (joint.student.last_n, "full")
     assert (rival.train.views, rival.train.flip) == (joint.train.views, True)
+    assert rival.keep == sft.keep  # WiSE-FT with all its alphas, which the main recipe goes without
     # InfoNCE in batches of 64 would be a rival made weak
     assert (rival.train.batch_size, rival.train.epochs) == (sft.train.batch_size, joint.train.epochs)
     hubs = Recipe.load("sft", ["hubness.strengths=[5.0]"])

@@ -91,8 +91,12 @@ def same_budget(recipe: Recipe, main: Recipe) -> Recipe:
     never gets less). Where the main one turns hubs down, all do, so that what distillation adds is seen by
     itself. Without the turn for an index, which changes nothing at full length."""
     raw, other = recipe.as_dict(), main.as_dict()
-    for part in ("student", "keep", *(("hubness",) if main.hubness.on else ())):
-        raw[part] = other[part]
+    shared = {"student", "keep", "hubness"}
+    if not main.hubness.on:
+        shared.remove("hubness")
+    if main.ensemble.joint:  # it starts elsewhere than at the base, so that WiSE-FT says nothing there
+        shared.remove("keep")
+    raw |= {part: other[part] for part in shared}
     raw["student"]["start"] = recipe.student.start  # a way to distil, not what may learn
     del raw["index"]
     raw["regions"] |= {k: other["regions"][k] for k in ("detector", "options")}

@@ -105,7 +105,7 @@ def main() -> None:
         )
         print(f"{p.name:<18} {p.parameters / 1e6:6.1f} M  {p.recall:5.1f} [{p.low:.1f}, {p.high:.1f}]")
     axes.set(xlabel="parameters, image + text (millions)", ylabel="mean R@1, text to image and back (%)")
-    axes.set_xlim(0, 1.25 * max(p.parameters for p in points) / 1e6)
+    axes.set_xlim(0, 1.45 * max(p.parameters for p in points) / 1e6)
     axes.grid(alpha=0.25)
     figure.savefig(args.out, dpi=130)
 

@@ -1,9 +1,9 @@
 """How far a student could come: what a teacher and the student's start find on the test pictures, what they
 find together, and what of it linear maps on the student's resting trunks reach.
 
-    python benchmarks/ceiling.py RUN
+    python benchmarks/ceiling.py RUN --pairs PAIRS
 
-RUN: the --out of a job of the recipe `joint`. Works on its cached features; seconds.
+RUN: the --out of a job of the recipe `joint` on these pairs. Works on its cached features; seconds.
 """
 
 import argparse

@@ -430,7 +430,8 @@ class Worker:
         if not Pairs.open(run.pairs).splits().get("val"):
             log(f"no val split: further teachers get the middle weight, {candidates[len(candidates) // 2]:g}")
             return candidates[len(candidates) // 2]
-        sets = [self._choosing(replace(run, features=o)) for o in (run.features, *run.others) if o != "base"]
+        features = [run.features, *(run.features if o == "base" else o for o in run.others)]
+        sets = [self._choosing(replace(run, features=of_teacher)) for of_teacher in features]
         members = [joint_target.Member(s.cache.image, s.cache.texts) for s in sets if s.cache is not None]
         weight, found = joint_target.choose_weight(members, candidates, sets[0].owner)
         tried = ", ".join(f"{c:g}: {f:.3f}" for c, f in zip(candidates, found, strict=True))

@@ -15,6 +15,7 @@ from dclip_qdrant import metrics
 from dclip_qdrant.jobs.features import Featurise
 from dclip_qdrant.pairs import Pairs
 from dclip_qdrant.recipe import Recipe
+from dclip_qdrant.training import joint_target
 from dclip_qdrant.training.data import TEXT_COLUMNS, Pictures, load_cache
 from dclip_qdrant.training.distributed import Comm
 from dclip_qdrant.training.models import two_tower
@@ -169,3 +170,16 @@ def test_pictures_are_seen_by_the_resting_part_once(run, monkeypatch):
     trained = worker._train_student(other, lambda line: None)
     assert sum(seen) < splits["train"]  # the first seed's pictures are still there
     assert trained.history[0]["loss"] != before[0]["loss"]
+
+
+def test_the_weight_is_chosen_for_all_teachers_that_are_joined(run, monkeypatch):
+    """`base`, the teaching model as it was, is a member of its own, though it has no features of its own."""
+    members = []
+    choose = joint_target.choose_weight
+    monkeypatch.setattr(joint_target, "choose_weight", lambda *args: members.append(args[0]) or choose(*args))
+    recipe = Recipe.load("joint", (*SETTINGS, 'ensemble.models=["base", "student"]'))
+    of_three = replace(run, recipe=recipe.as_dict(), others=("base", *run.others))
+    Worker(Comm(), "cpu", lambda line: None)._joint_weight(of_three, recipe, lambda line: None)
+    teacher, base, student = members[0]
+    np.testing.assert_array_equal(base.image, teacher.image)
+    assert student.image.shape[-1] == 24

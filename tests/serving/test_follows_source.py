@@ -332,6 +332,8 @@ def test_a_second_reindex_brings_changes_and_deletions_along(photos, student, ot
     rows = [{"file_name": f"{i}.png", "price": i} for i in range(5)]
     table = photos / "captions.jsonl"
     table.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for i in range(5):  # written long ago: of a file that is two seconds old no time is kept yet
+        os.utime(photos / f"{i}.png", (1_700_000_000, 1_700_000_000))
     here, new = place(edge=str(tmp_path / "e")), Student.load(other_student)
     old = here.open("old")
     ingest(photos, student, old)

@@ -86,7 +86,8 @@ class EnsembleSettings(_Part):
         default=(),
         description=(
             "open_clip names or local folders; `base` is the teaching model as it was, `student` the "
-            "student's model as it was, before any cut"
+            "student's model as it was, before any cut, `fine_tuned` the student after plain fine-tuning "
+            "(`sft`)"
         ),
     )
     target: Literal["each", "joint"] = Field(
@@ -219,8 +220,8 @@ class TrainSettings(_Part):
     mixup: Weight = Field(
         default=0.0,
         description=(
-            "pictures are blended in pairs, and their targets alike, by shares drawn from Beta(mixup, "
-            "mixup); for joint targets and cosine objectives; 0 is off"
+            "pictures are blended in pairs, their targets and labels alike, by shares drawn from Beta(mixup, "
+            "mixup); for soft_targets of pairs and cosine of image and text; 0 is off"
         ),
     )
     lr: float = Field(default=1e-5, gt=0)
@@ -317,12 +318,10 @@ class Recipe(_Part):
             self._joint_agrees()
         elif self.student.start == "fitted":
             raise ValueError('student.start = "fitted" is fitted to joint targets: set ensemble.target')
-        if self.train.mixup and not (
-            self.ensemble.joint and all(objective.name == "cosine" for objective in self.objectives)
-        ):
+        if self.train.mixup and not all(_bears_mixup(objective) for objective in self.objectives):
             raise ValueError(
-                "train.mixup blends targets: for a joint target and cosine objectives alone, since a blend "
-                "has no caption of its own"
+                "train.mixup blends pictures, their targets and their captions' labels: for soft_targets of "
+                "pairs (labels = 1 is InfoNCE) and cosine of image and text alone"
             )
         return self
 
@@ -362,6 +361,13 @@ class Recipe(_Part):
 
     def as_dict(self) -> dict:
         return self.model_dump(mode="json", exclude_none=True)
+
+
+def _bears_mixup(objective: ObjectiveSettings) -> bool:
+    of = objective.options.get("of")
+    return {"cosine": of in (None, "image", "text"), "soft_targets": of in (None, "pairs")}.get(
+        objective.name, False
+    )
 
 
 def recipe_names() -> list[str]:

@@ -119,13 +119,15 @@ def test_rivals_get_the_same_trainable_set_and_budget():
 def test_rivals_turn_hubs_down_where_the_main_recipe_does_and_start_in_their_own_way():
     from dclip_qdrant.jobs.comparison import same_budget
 
-    joint, sft = Recipe.load("joint"), Recipe.load("sft")
+    joint, sft = Recipe.load("joint", ['student.start="fitted"', "train.batch_size=64"]), Recipe.load("sft")
     rival = same_budget(sft, joint)
     assert rival.hubness == joint.hubness
     assert (rival.student.start, rival.ensemble.joint, rival.train.mixup) == ("as_is", False, 0.0)
     assert (rival.student.last_n, rival.student.text) == (joint.student.last_n, "full")
     assert (rival.train.views, rival.train.flip) == (joint.train.views, True)
-    assert rival.keep == sft.keep  # WiSE-FT with all its alphas, which the main recipe goes without
+    # WiSE-FT with all its alphas: between the base and a fitted start it says nothing
+    assert rival.keep == sft.keep
+    assert same_budget(sft, Recipe.load("joint")).keep == Recipe.load("joint").keep
     # InfoNCE in batches of 64 would be a rival made weak
     assert (rival.train.batch_size, rival.train.epochs) == (sft.train.batch_size, joint.train.epochs)
     hubs = Recipe.load("sft", ["hubness.strengths=[5.0]"])

@@ -94,7 +94,7 @@ def same_budget(recipe: Recipe, main: Recipe) -> Recipe:
     shared = {"student", "keep", "hubness"}
     if not main.hubness.on:
         shared.remove("hubness")
-    if main.ensemble.joint:  # it starts elsewhere than at the base, so that WiSE-FT says nothing there
+    if main.student.start == "fitted":  # elsewhere than at the base, so that WiSE-FT says nothing there
         shared.remove("keep")
     raw |= {part: other[part] for part in shared}
     raw["student"]["start"] = recipe.student.start  # a way to distil, not what may learn

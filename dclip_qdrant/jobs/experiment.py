@@ -214,17 +214,7 @@ class Experiment:
         alone = replace(self.request, recipe=recipe, compare=(), teach=None, seeds=self.request.seeds[:1])
         teaching = replace(self, request=alone, recipes=(recipe,))
         run = teaching.student_run(recipe, alone.seeds[0], teaching.prepare(recipe))
-        if self.request.from_scratch:
-            run.stage.clear()
-        train_runs.run_in_order([run], workers=self.request.workers, storage=self.ray_storage())
-        folder = str(storage.as_path(self.request.stages) / f"teacher-model-{digest(run.inputs)}")
-        write_model(
-            folder,
-            config=self.base.config,
-            weights=safetensors.torch.load((run.stage.path / "weights.safetensors").read_bytes()),
-            preprocess=self.base.preprocess,
-            tokenizer=self.base.tokenizer,
-        )
+        folder = self._trained_model(run, "teacher-model", self.base)
         logger.info("teacher's model: %s", folder)
         start = self.request.recipe.student.model or self.request.base
         recipes = tuple(starting_from(recipe, start) for recipe in self.recipes)
@@ -310,7 +300,7 @@ class Experiment:
         features = extract_features(
             self.feature_request(recipe, boxes), actors=request.actors, from_scratch=request.from_scratch
         )
-        others = tuple(self._other_teacher(recipe, model) for model in recipe.ensemble.models)
+        others = tuple(self._other_teacher(recipe, model, features) for model in recipe.ensemble.models)
         pictures = self._picture_features(recipe) if recipe.train.picture_share else None
         if recipe.teacher is None:
             return Prepared(features, others=others, pictures=pictures)
@@ -391,16 +381,21 @@ class Experiment:
         cached_already = not text_learns and self.student_name == self.request.base
         return student.trunk_frozen, student.text_trunk_frozen and not cached_already
 
-    def _other_teacher(self, recipe: Recipe, model: str) -> str:
+    def _other_teacher(self, recipe: Recipe, model: str, features: Stage) -> str:
         """Where a further teacher's features of the same views are; made if they are missing."""
         if model == "base":
             return model
         logger.info("further teacher %s", model)
+        folder = model
+        if model == "student":
+            folder = self.whole_student_name
+        elif model == "fine_tuned":
+            folder = self._fine_tuned_student(recipe, features)
         request = FeatureRequest(
             root=self.request.stages,
             pairs=self.pairs,
             recipe=recipe.model_copy(update={"teacher": None}),
-            base=self.whole_student_name if model == "student" else model,
+            base=folder,
             base_fingerprint="",
             seed=self.request.seeds[0],
         )
@@ -415,6 +410,29 @@ class Experiment:
             )
         stage = extract_features(request, actors=self.request.actors, from_scratch=self.request.from_scratch)
         return str(stage.path)
+
+    def _fine_tuned_student(self, recipe: Recipe, features: Stage) -> str:
+        """The student after plain fine-tuning at this recipe's budget: what `sft` makes of the first seed as
+        a rival, so that `compare` finds that run done. An open_clip folder."""
+        rival = same_budget(Recipe.load("sft"), recipe)
+        run = self.student_run(rival, self.request.seeds[0], self.prepare_beside(rival, Prepared(features)))
+        return self._trained_model(run, "fine-tuned-student", self.student)
+
+    def _trained_model(self, run: Run, name: str, like: TwoTower) -> str:
+        """Does a student's run and writes what it trained as an open_clip folder `like` the model that it
+        started from; where it is."""
+        if self.request.from_scratch:
+            run.stage.clear()
+        train_runs.run_in_order([run], workers=self.request.workers, storage=self.ray_storage())
+        folder = str(storage.as_path(self.request.stages) / f"{name}-{digest(run.inputs)}")
+        write_model(
+            folder,
+            config=like.config,
+            weights=safetensors.torch.load((run.stage.path / "weights.safetensors").read_bytes()),
+            preprocess=like.preprocess,
+            tokenizer=like.tokenizer,
+        )
+        return folder
 
     def _picture_features(self, recipe: Recipe) -> Stage:
         """What the teaching model (and the student's trunk, where it rests) sees in pictures without

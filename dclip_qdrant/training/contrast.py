@@ -8,15 +8,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dclip_qdrant.training.encoded import Blend
+
 
 def cosine_logits(a: Tensor, b: Tensor, temperature: float | Tensor) -> Tensor:
     """a [N, D], b [M, D], not normalised -> cos / temperature [N, M]."""
     return F.normalize(a, dim=-1) @ F.normalize(b, dim=-1).T / temperature
 
 
-def positives(owner: Tensor, n: int) -> Tensor:
-    """[N, M] 1.0 where caption m belongs to picture n."""
-    return (torch.arange(n, device=owner.device)[:, None] == owner[None]).float()
+def positives(owner: Tensor, n: int, blend: Blend | None = None) -> Tensor:
+    """[N, M] 1.0 where caption m belongs to picture n; of blended pictures each one's share (mixup, Zhang et
+    al. 2018, eq. 1, of labels)."""
+    y = (torch.arange(n, device=owner.device)[:, None] == owner[None]).float()
+    return y if blend is None else torch.lerp(y[blend.partner], y, blend.share[:, None])
 
 
 def info_nce(logits: Tensor, owner: Tensor) -> Tensor:

@@ -6,6 +6,15 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
+class Blend:
+    """Pictures that were blended in pairs (train.mixup). partner [N]: the position of the other picture;
+    share [N]: the picture's own part, the other one's is 1 - share."""
+
+    partner: Tensor
+    share: Tensor
+
+
+@dataclass(frozen=True)
 class Encoded:
     """The whole (gathered) batch. Vectors are as the tower gave them; objectives normalise.
 
@@ -22,6 +31,8 @@ class Encoded:
     pictures [E, D]: pictures without captions (train.picture_share), as the student sees them; the teacher's
     are its model's own.
     others: what further teachers (the recipe's [ensemble]) say of images and texts, each of its own width.
+    blend: how the pictures were blended; the teachers' images are blended alike, and a caption belongs to
+    both pictures (see `contrast.positives`).
     """
 
     image: Tensor
@@ -37,6 +48,7 @@ class Encoded:
     noise: Tensor | None = None
     pictures: Tensor | None = None
     others: tuple["Encoded", ...] = ()
+    blend: Blend | None = None
 
     def with_vectors(self, image: Tensor, text: Tensor, **more: Tensor | None) -> "Encoded":
         """The same batch as another model sees it."""

@@ -156,17 +156,12 @@ class Batches:
         )
 
     def _mix(self, batch: StudentBatch, numbers: np.ndarray, epoch: int) -> None:
-        """Blends every picture with another one of the batch, and their targets alike (mixup, Zhang et al.
-        2018, eq. 1; the larger share is the picture's own)."""
+        """Blends every picture with another one of the batch (the larger share is its own)."""
         alpha = self._recipe.train.mixup
         draws = np.array([self._rng(epoch, int(number), 5).beta(alpha, alpha) for number in numbers])
         share = torch.from_numpy(np.maximum(draws, 1 - draws).astype(np.float32))
         partner = torch.from_numpy(self._rng(epoch, int(numbers[0]), 6).permutation(len(numbers)))
-        own = batch.images.float()
-        mixed = torch.lerp(own[partner], own, share.reshape(-1, *[1] * (own.ndim - 1)))
-        batch.images = (mixed if batch.images.is_floating_point() else mixed.round()).to(batch.images.dtype)
-        target = nn.functional.normalize(batch.fixed["image"], dim=-1)
-        batch.fixed["image"] = torch.lerp(target[partner], target, share[:, None])
+        blend(batch, partner, share)
 
     def _tokens(self, rows: Rows, index: np.ndarray, chosen: Sequence[np.ndarray]) -> Tensor:
         """[N * C, L] ids of the captions drawn for each picture; those of `rows` are made once."""
@@ -236,6 +231,19 @@ class Batches:
                 lambda j: _view_pixels(pictures, cache, int(rows[j]), int(view[j]), self._model.preprocess),
             )
         )
+
+
+def blend(batch: StudentBatch, partner: Tensor, share: Tensor) -> None:
+    """x_i <- share_i x_i + (1 - share_i) x_partner(i), of what the student sees and of every teacher's unit
+    vectors of it (mixup, Zhang et al. 2018, eq. 1). partner, share [N]."""
+    own = batch.images.float()
+    mixed = torch.lerp(own[partner], own, share.reshape(-1, *[1] * (own.ndim - 1)))
+    batch.images = (mixed if batch.images.is_floating_point() else mixed.round()).to(batch.images.dtype)
+    for name in [n for n in batch.fixed if n == "image" or n.startswith("image.")]:
+        target = nn.functional.normalize(batch.fixed[name], dim=-1)
+        batch.fixed[name] = torch.lerp(target[partner], target, share[:, None])
+    # how far the partner stands stays true where the batches of several workers are put together
+    batch.fixed["blend"] = torch.stack([partner - torch.arange(len(partner)), share], 1)
 
 
 def _view_pixels(pictures: Loads, c: Cache, picture: int, view: int, preprocess: Preprocess) -> np.ndarray:

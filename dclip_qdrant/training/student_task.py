@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from dclip_qdrant.errors import RecipeError
 from dclip_qdrant.recipe import ObjectiveSettings, Recipe
 from dclip_qdrant.training.data import Cache
-from dclip_qdrant.training.encoded import Encoded
+from dclip_qdrant.training.encoded import Blend, Encoded
 from dclip_qdrant.training.loop import Vectors
 from dclip_qdrant.training.models.bottom import Bottom
 from dclip_qdrant.training.models.two_tower import TwoTower
@@ -268,12 +268,17 @@ class StudentTask:
         extra = ("regions", "rois", "spans", "words", "pictures")
         masks: dict[str, Any] = {k: fixed[k].bool() for k in ("roi_mask", "word_mask") if k in fixed}
         features: dict[str, Any] = {k: live.get(k) for k in extra}
+        blend = None
+        if "blend" in fixed:
+            offset, own = fixed["blend"].unbind(1)
+            blend = Blend(torch.arange(n, device=own.device) + offset.long(), own)
         student = Encoded(
             live["image"],
             live["text"],
             owner,
             scale,
             noise=fixed.get("noise"),
+            blend=blend,
             **masks,
             **features,
         )

@@ -62,7 +62,8 @@ class SoftTargets(nn.Module):
         taus = self.each * len(numbers) if len(self.each) == 1 else self.each
         t = [cosine_logits(there[m].image, there[m].text, tau) for m, tau in zip(numbers, taus, strict=True)]
         s = cosine_logits(student.image, student.text, self.temperature)
-        return divergence(s, t, positives(student.owner, len(student.image)), self.labels)
+        y = positives(student.owner, len(student.image), student.blend)
+        return divergence(s, t, y, self.labels)
 
     def _of_pictures(self, student: Encoded, teacher: Encoded) -> Tensor:
         if student.pictures is None or teacher.pictures is None:

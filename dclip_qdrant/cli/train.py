@@ -121,7 +121,11 @@ def _with_weights(settings: tuple[str, ...], weights: str | None) -> tuple[str, 
 @models_options
 @out_option
 @labelled_option
-@recipe_option
+@click.option(
+    "--recipe",
+    metavar="NAME|FILE",
+    help="A recipe's name or a .toml file.  [default: joint with --teacher, else best]",
+)
 @recipe_settings_option
 @recipe_weights_option
 @click.option(
@@ -180,7 +184,7 @@ def distill_command(
     teacher_recipe: str | None,
     out: str,
     labelled: str | None,
-    recipe: str,
+    recipe: str | None,
     settings: tuple[str, ...],
     detector_weights: str | None,
     compare: tuple[str, ...],
@@ -217,6 +221,7 @@ def distill_command(
     from dclip_qdrant.jobs.request import Request
     from dclip_qdrant.recipe import Recipe
 
+    recipe = recipe or ("joint" if teacher else "best")
     rivals = () if no_compare else tuple(rival for rival in compare if rival != recipe)
     teaches, starts = _models(base, teacher, student)
     request = Request(

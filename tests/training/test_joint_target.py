@@ -94,7 +94,7 @@ def test_the_weight_that_finds_most_is_chosen(rng):
 )
 def test_recipes_that_no_joint_target_serves_are_refused(setting, why):
     with pytest.raises(RecipeError, match=why):
-        Recipe.load("joint", [setting])
+        Recipe.load("light", [setting])
 
 
 def test_without_val_the_middle_weight_is_taken_aloud(monkeypatch):

@@ -6,6 +6,7 @@ STAMP  := $(VENV)/.installed
 export RAY_USAGE_STATS_ENABLED := 0
 export RAY_AUTH_MODE := disabled
 # glibc keeps large blocks, idle threads sleep soon: much faster on a CPU (benchmarks/cpu.py)
+export MALLOC_ARENA_MAX := 1
 export MALLOC_MMAP_MAX_ := 0
 export MALLOC_TRIM_THRESHOLD_ := 100000000000
 export MALLOC_TOP_PAD_ := 67108864

@@ -3,8 +3,9 @@ each setting and without.
 
     python benchmarks/cpu.py --base FOLDER
 
-Memory: glibc told to keep large blocks, one process. Threads: idle OpenMP threads told to sleep soon, one
-process and two at the same time, each with all cores. One run, one machine: quote the ratios.
+Memory: glibc told to keep large blocks, one process; of that, one arena for all threads. Threads: idle OpenMP
+threads told to sleep soon, one process and two at the same time, each with all cores. Everything runs in a
+thread that isn't the main one, as in workers of Ray Train. One run, one machine: quote the ratios.
 """
 
 import argparse
@@ -13,17 +14,23 @@ import subprocess
 import sys
 
 CODE = """
-import sys, time, torch
+import sys, threading, time, torch
 from dclip_qdrant.training.models.two_tower import load
 model = load(sys.argv[1])
 x = torch.randn(64, 3, model.preprocess.size, model.preprocess.size)
-with torch.no_grad():
+
+@torch.no_grad()
+def measure():
     model.encode_image(x)
     began, n = time.perf_counter(), 0
     while time.perf_counter() - began < 5:
         model.encode_image(x)
         n += len(x)
-print(n / (time.perf_counter() - began))
+    print(n / (time.perf_counter() - began))
+
+thread = threading.Thread(target=measure)
+thread.start()
+thread.join()
 """
 
 
@@ -48,8 +55,11 @@ def main() -> None:
     parser.add_argument("--base", required=True)
     args = parser.parse_args()
     plain = {k: v for k, v in os.environ.items() if k not in CPU_SETTINGS}
+    one_arena = {"MALLOC_ARENA_MAX": "1"}
+    arenas = plain | {k: v for k, v in KEEP_MEMORY.items() if k not in one_arena}
     for what, before, more, processes in (
         ("keeping memory, one process", plain, KEEP_MEMORY, 1),
+        ("of that one arena, one process", arenas, one_arena, 1),
         ("sleeping soon, one process", plain | KEEP_MEMORY, SLEEP_SOON, 1),
         ("sleeping soon, two processes", plain | KEEP_MEMORY, SLEEP_SOON, 2),
     ):

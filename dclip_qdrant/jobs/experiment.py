@@ -192,7 +192,14 @@ class Experiment:
         cut = self.request.recipe.student.inherit
         if not cut:
             return self.whole_student
-        inherit.write(self.whole_student, self.student_name, cut)
+        return self._own_student()
+
+    def _own_student(self) -> TwoTower:
+        """The model that students start from, opened anew: whoever says what of it learns wants one of their
+        own. A cut is written first, whoever comes first."""
+        cut = self.request.recipe.student.inherit
+        if cut:
+            inherit.write(self.whole_student, self.student_name, cut)
         return two_tower.load(self.student_name)
 
     @property
@@ -237,7 +244,7 @@ class Experiment:
         total = sum(splits.values())
         captions = manifest.get("captions", total * GUESSED_CAPTIONS) / max(1, total)
         image, text = self.trunks_at_rest
-        trunk, text_trunk = trunk_widths(two_tower.load(self.student_name), image=image, text=text)
+        trunk, text_trunk = trunk_widths(self._own_student(), image=image, text=text)
         teachers = [recipe.teacher for recipe in self.recipes if recipe.teacher is not None]
         one_for_all = all(t.fusion == "regions_only" or t.caption == "same" for t in teachers)
         return Shape(
@@ -376,7 +383,7 @@ class Experiment:
         A frozen text tower that is the teaching model's own needs no cache beside that one's vectors.
         """
         settings = self.request.recipe.student
-        student = two_tower.load(self.student_name)
+        student = self._own_student()
         _, text_learns = student.choose_towers(settings)
         cached_already = not text_learns and self.student_name == self.request.base
         return student.trunk_frozen, student.text_trunk_frozen and not cached_already

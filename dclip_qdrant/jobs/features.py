@@ -258,6 +258,7 @@ class Featurise:
         if student is not None:
             own = self.base if student == base else two_tower.load(student).to(self.device)
         self.image_student = own if student_image else None
+        self.one_trunk = self.image_student is not None and _same_trunk(self.base, self.image_student)
         self.text_student = own if student_text else None
         self.regions = load_regions(regions) if regions else None
         of_student = self.image_student.preprocess if self.image_student else None
@@ -330,7 +331,7 @@ class Featurise:
         student = [pixels for p in pictures for pixels in p.student]
         vectors: list[np.ndarray] = []
         trunks: list[np.ndarray] = []
-        if self.image_student is self.base and preprocess[0] == preprocess[1]:  # one pass gives both
+        if self.one_trunk and preprocess[0] == preprocess[1]:  # one pass gives both
             for x in self._batches(base, preprocess[0]):
                 features = self.base.trunk(x)
                 trunks += list(features.float().cpu().numpy())
@@ -347,8 +348,15 @@ class Featurise:
         """[B, 3, S, S] on the device."""
         size = FORWARD[self.device]
         for start in range(0, len(pixels), size):
-            batch = preprocess.normalise(np.stack(pixels[start : start + size]))
-            yield torch.from_numpy(batch).to(self.device)
+            batch = torch.from_numpy(np.stack(pixels[start : start + size])).to(self.device)
+            yield self.base.normalised(batch, preprocess)
+
+
+def _same_trunk(base: two_tower.TwoTower, student: two_tower.TwoTower) -> bool:
+    """Whether both see the same below their projections: a student whose text tower alone was cut."""
+    if student is base:
+        return True
+    return base.has_trunk and student.has_trunk and base.trunk_mark() == student.trunk_mark()
 
 
 def _key_number(key: str) -> int:

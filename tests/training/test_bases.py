@@ -18,6 +18,13 @@ from dclip_qdrant.training.models import two_tower
 from dclip_qdrant.training.models.trial import try_recipe, try_towers
 
 
+def test_a_model_wanted_without_weights_is_no_warning_of_random_ones(tiny_base, caplog):
+    two_tower.load(str(tiny_base), weights=False)
+    assert "initialized randomly" not in caplog.text
+    open_clip.create_model(f"local-dir:{tiny_base}", load_weights=False)  # open_clip still says it to others
+    assert "initialized randomly" in caplog.text
+
+
 @pytest.fixture
 def no_network(monkeypatch, tmp_path):
     """Published weights are a file without any: names and configs are what is looked at."""

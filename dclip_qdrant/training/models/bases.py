@@ -2,6 +2,9 @@
 
 import hashlib
 import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -65,15 +68,16 @@ def open_base(name: str, *, weights: bool = True) -> Base:
     source = of_folder(Path(name)) if is_folder else of_list(name, weights=weights)
     activation: dict[str, Any] = {} if source.quick_gelu is None else {"quick_gelu": source.quick_gelu}
     try:
-        model, _, _ = open_clip.create_model_and_transforms(
-            source.name,
-            pretrained=source.pretrained,
-            load_weights=weights,
-            pretrained_text=False,
-            output_dict=False,
-            force_quick_gelu=bool(source.quick_gelu),
-            **activation,
-        )
+        with _random_as_meant() if not weights else nullcontext():
+            model, _, _ = open_clip.create_model_and_transforms(
+                source.name,
+                pretrained=source.pretrained,
+                load_weights=weights,
+                pretrained_text=False,
+                output_dict=False,
+                force_quick_gelu=bool(source.quick_gelu),
+                **activation,
+            )
         tokenizer = open_clip.get_tokenizer(source.name)
         if is_folder and (Path(name) / MERGES).is_file():
             tokenizer = read_merges(Path(name) / MERGES, tokenizer.context_length)
@@ -95,6 +99,19 @@ def open_base(name: str, *, weights: bool = True) -> Base:
         config = {**config, "quick_gelu": source.quick_gelu}
     fingerprint = source.fingerprint or hash_model(model, config, preprocess)
     return Base(model, preprocess, tokenizer, config, fingerprint)
+
+
+@contextmanager
+def _random_as_meant() -> Iterator[None]:
+    """open_clip warns of weights that are random; here nobody asked for any, and whoever reads a job's log
+    would take it for their model's."""
+    meant = lambda record: "Model initialized randomly" not in record.getMessage()
+    root = logging.getLogger()
+    root.addFilter(meant)
+    try:
+        yield
+    finally:
+        root.removeFilter(meant)
 
 
 def of_folder(folder: Path) -> Source:

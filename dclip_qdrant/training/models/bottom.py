@@ -41,7 +41,7 @@ class Bottom:
     def __call__(self, pixels: Tensor) -> Tensor:
         """[B, S, S, 3] uint8 -> what the resting stages give, [B, C, h, w]."""
         trunk: Any = self._model.model.visual.trunk
-        x = trunk.bn1(trunk.conv_stem(_channels_last(self._model.normalised(pixels))))
+        x = trunk.bn1(trunk.conv_stem(self._model.normalised(pixels)))
         for stage in trunk.blocks[: self._stages]:
             x = stage(x)
         return x

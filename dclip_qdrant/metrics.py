@@ -180,6 +180,14 @@ def ratio_interval(
     return float(low), float(high)
 
 
+def ratio_error(base: np.ndarray, own: np.ndarray) -> float:
+    """The standard error of mean(own) / mean(base), right or wrong [N] on the same pictures: the delta method
+    for a ratio of paired means (Cochran 1977, Sampling Techniques, eq. 2.46)."""
+    most = max(float(base.mean()), 1e-9)
+    left = own.astype(float) - own.mean() / most * base.astype(float)
+    return float(left.std() / (most * len(base) ** 0.5))
+
+
 def zero_shot_right(image: np.ndarray, label: np.ndarray, classes: np.ndarray) -> np.ndarray:
     """Which of image [N, D] are nearest to their own class of [C, D]; label [N]. Ties count as wrong."""
     s = image @ classes.T

@@ -28,7 +28,7 @@ class SweepPoint:
     """One alpha of WiSE-FT and one strength against hubs, on validation.
 
     `val` is what chooses: the mean of R@1, 5 and 10 of both directions. Zero-shot accuracy is that on the
-    half of the labelled pictures that chooses.
+    half of the labelled pictures that chooses; retention has its standard error beside it.
     """
 
     alpha: float
@@ -37,6 +37,7 @@ class SweepPoint:
     val_mean_r1: float | None = None
     zero_shot: float | None = None
     retention: float | None = None
+    retention_error: float | None = None
 
 
 @dataclass(frozen=True)

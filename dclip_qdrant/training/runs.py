@@ -21,6 +21,7 @@ from dclip_qdrant.tables import storage
 from dclip_qdrant.tables.stages import Stage
 from dclip_qdrant.training import fitted_start, hubness, joint_target, rotation
 from dclip_qdrant.training.checkpoint import Checkpoints
+from dclip_qdrant.training.choice import choose_alpha, in_doubt
 from dclip_qdrant.training.data import REGION_COLUMNS, TEXT_COLUMNS, Cache, Pictures, load_cache
 from dclip_qdrant.training.distributed import Comm
 from dclip_qdrant.training.evaluate import EvalSet, LabelledSet, spread
@@ -277,6 +278,8 @@ class Worker:
         if self.comm.rank:
             return
         best = choose_alpha(sweep, run.min_retention)
+        if best.retention is not None and best.retention < run.min_retention:
+            log(in_doubt(best, run.min_retention))
         as_trained = None
         if best.alpha != 1.0:
             as_trained, _ = self._measure(run, trained, 1.0, best.hubness, "as_trained")
@@ -480,7 +483,7 @@ class Worker:
             image_map = text_map = np.eye(model.dim, dtype=np.float32)
             if strength and train is not None:
                 image_map, text_map = (m.float().numpy() for m in hubness.maps(*train, cfg.share, strength))
-            found = val_mean_r1 = zero_shot = retention = None
+            found = val_mean_r1 = zero_shot = retention = error = None
             if trained.val is not None and val is not None:
                 vectors = (metrics.normalise(val[0] @ image_map), metrics.normalise(val[1] @ text_map))
                 figures = metrics.retrieval(metrics.ranks(*vectors, trained.val.owner), bootstrap=0)
@@ -491,7 +494,8 @@ class Worker:
                     r[labelled.choosing] for r in (right, self._right_of_base(run, trained, labelled))
                 )
                 zero_shot, retention = float(own.mean()), _ratio(own, base)
-            points.append(SweepPoint(alpha, strength, found, val_mean_r1, zero_shot, retention))
+                error = metrics.ratio_error(base, own)
+            points.append(SweepPoint(alpha, strength, found, val_mean_r1, zero_shot, retention, error))
         return points
 
     def _measure(
@@ -579,15 +583,6 @@ def needs(run: Run) -> tuple[str, ...]:
 def _ratio(own: np.ndarray, base: np.ndarray) -> float:
     """Retention: accuracy over the base's, right or wrong [N] each."""
     return float(own.mean()) / max(float(base.mean()), 1e-9)
-
-
-def choose_alpha(sweep: list[SweepPoint], min_retention: float) -> SweepPoint:
-    """The point with the best validation retrieval among those that keep `min_retention`; if none does, the
-    one that keeps most."""
-    keeps = [p for p in sweep if p.retention is None or p.retention >= min_retention]
-    if keeps:
-        return max(keeps, key=lambda p: (p.val or 0.0, p.alpha))
-    return max(sweep, key=lambda p: p.retention or 0.0)
 
 
 def load_teacher(stage: UPath) -> RegionTeacher:

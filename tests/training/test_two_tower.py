@@ -153,21 +153,6 @@ def test_interpolation_by_hand():
     assert out["n"] == 7
 
 
-def test_alpha_is_chosen_by_validation_among_those_that_keep():
-    from dclip_qdrant.training.figures import SweepPoint
-    from dclip_qdrant.training.runs import choose_alpha
-
-    sweep = [
-        SweepPoint(0.2, 0.0, val=0.3, retention=1.02),
-        SweepPoint(0.6, 0.0, val=0.5, retention=1.0),
-        SweepPoint(1.0, 0.0, val=0.7, retention=0.9),
-    ]
-    assert choose_alpha(sweep, 1.0).alpha == 0.6
-    assert choose_alpha(sweep, 0.9).alpha == 1.0
-    assert choose_alpha(sweep, 1.5).alpha == 0.2
-    assert choose_alpha([SweepPoint(0.5, 0.0, val=0.4), SweepPoint(1.0, 0.0, val=0.4)], 1.0).alpha == 1.0
-
-
 @pytest.mark.parametrize(
     ("name", "says"),
     [

@@ -189,10 +189,7 @@ class Experiment:
     @cached_property
     def student(self) -> TwoTower:
         """The model that students start from. A cut is written under the stages, once."""
-        cut = self.request.recipe.student.inherit
-        if not cut:
-            return self.whole_student
-        return self._own_student()
+        return self._own_student() if self.request.recipe.student.inherit else self.whole_student
 
     def _own_student(self) -> TwoTower:
         """The model that students start from, opened anew: whoever says what of it learns wants one of their

@@ -24,9 +24,8 @@ def test_retrieval_that_is_sure_is_not_given_up_for_retention_that_is_not():
     kept = SweepPoint(0.2, 0.0, val=0.56, retention=1.01, retention_error=0.02)
     doubtful = SweepPoint(1.0, 20.0, val=0.64, retention=0.95, retention_error=0.06)
     assert choose_alpha([kept, doubtful], 1.0) is doubtful
-    assert (
-        choose_alpha([kept, SweepPoint(1.0, 0.0, 0.64, None, None, 0.95, 0.04)], 1.0) is kept
-    )  # is forgotten
+    forgetful = SweepPoint(1.0, 0.0, val=0.64, retention=0.95, retention_error=0.04)
+    assert choose_alpha([kept, forgetful], 1.0) is kept
     little = SweepPoint(1.0, 0.0, val=0.56 + WORTH_A_DOUBT / 2, retention=0.95, retention_error=0.06)
     assert choose_alpha([kept, little], 1.0) is kept
     none_keeps = SweepPoint(0.2, 0.0, val=0.56, retention=0.99, retention_error=0.02)

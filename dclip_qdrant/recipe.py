@@ -253,6 +253,19 @@ class KeepSettings(_Part):
         min_length=1,
         description="alphas tried on validation (WiSE-FT, Wortsman et al. 2022); 1 is the student as trained",
     )
+    fine_tuned: tuple[Fraction, ...] = Field(
+        default=(0.0,),
+        min_length=1,
+        description=(
+            "shares of the plainly fine-tuned student's weights, averaged with the trained ones (model "
+            "soups, Wortsman et al. 2022) and tried on validation with every alpha; 0 is off; needs "
+            "`fine_tuned` among ensemble.models"
+        ),
+    )
+
+    @property
+    def averages(self) -> bool:
+        return any(self.fine_tuned)
 
 
 class HubnessSettings(_Part):
@@ -314,6 +327,8 @@ class Recipe(_Part):
                 f"train.phases have {sum(p.epochs for p in self.train.phases)} epochs, "
                 f"train.epochs says {self.train.epochs}"
             )
+        if self.keep.averages and "fine_tuned" not in self.ensemble.models:
+            raise ValueError('keep.fine_tuned needs "fine_tuned" in ensemble.models')
         if self.ensemble.joint:
             self._joint_agrees()
         elif self.student.start == "fitted":
@@ -335,6 +350,11 @@ class Recipe(_Part):
             )
         if self.student.text == "frozen":
             raise ValueError("joint targets are another space: student.text must learn, `proj` at least")
+
+    @property
+    def sweep_points(self) -> int:
+        """How many weights are measured on validation before one is chosen."""
+        return len(self.keep.wise_ft) * len(self.keep.fine_tuned) * len(self.hubness.strengths)
 
     @classmethod
     def load(cls, name: str | Path, settings: tuple[str, ...] | list[str] = ()) -> "Recipe":

@@ -127,11 +127,22 @@ def test_rivals_turn_hubs_down_where_the_main_recipe_does_and_start_in_their_own
     assert (rival.train.views, rival.train.flip) == (joint.train.views, True)
     # WiSE-FT with all its alphas: between the base and a fitted start it says nothing
     assert rival.keep == sft.keep
-    assert same_budget(sft, Recipe.load("joint")).keep == Recipe.load("joint").keep
+    keep = Recipe.load("joint").keep
+    assert same_budget(sft, Recipe.load("joint")).keep.wise_ft == keep.wise_ft
+    # to average with the plainly fine-tuned student is a way to distil: its weights are already the rival's
+    assert keep.averages
+    assert not same_budget(sft, Recipe.load("joint")).keep.averages
     # InfoNCE in batches of 64 would be a rival made weak
     assert (rival.train.batch_size, rival.train.epochs) == (sft.train.batch_size, joint.train.epochs)
     hubs = Recipe.load("sft", ["hubness.strengths=[5.0]"])
     assert same_budget(hubs, sft).hubness == hubs.hubness
+
+
+def test_averaging_needs_the_fine_tuned_student():
+    with pytest.raises(RecipeError, match='keep.fine_tuned needs "fine_tuned" in ensemble.models'):
+        Recipe.load("sft", ["keep.fine_tuned=[0.5]"])
+    recipe = Recipe.load("joint", ["keep.wise_ft=[0.5, 1.0]", "hubness.strengths=[0, 5, 20]"])
+    assert recipe.sweep_points == 2 * 2 * 3
 
 
 def test_a_recipe_says_whether_it_beat_plain_fine_tuning(tmp_path, monkeypatch):

@@ -251,7 +251,7 @@ def distill_command(
     click.echo(json.dumps(result.as_dict(), indent=1) if form == "json" else result.text())
     if result.verdict.is_success and form != "json":
         click.echo(f"      dclip-qdrant ingest PICTURES --student {result.student} --collection NAME")
-    check_retention(result, min_retention)
+    check_retention(result, request.recipe, min_retention)
     if not (allow_no_gain or no_compare):  # held against nothing it isn't judged either
         check_gain(result)
 

@@ -200,10 +200,13 @@ def _differences(
 
 def _mean_sweep(runs: list[Run]) -> list[SweepPoint]:
     """What WiSE-FT's alphas trade on validation, means over seeds; with the first seed's choice of a strength
-    against hubs."""
+    against hubs and of a share of the plainly fine-tuned student."""
     figures = [RunFigures.of_stage(run.stage) for run in runs]
-    strength = figures[0].hubness
-    sweeps = [[p for p in f.sweep if p.hubness == strength] for f in figures]
+    first = figures[0]
+    sweeps = [
+        [p for p in f.sweep if (p.hubness, p.fine_tuned) == (first.hubness, first.fine_tuned)]
+        for f in figures
+    ]
 
     def mean(values: list[float | None]) -> float | None:
         there = [v for v in values if v is not None]
@@ -212,7 +215,8 @@ def _mean_sweep(runs: list[Run]) -> list[SweepPoint]:
     return [
         SweepPoint(
             alpha=points[0].alpha,
-            hubness=strength,
+            hubness=first.hubness,
+            fine_tuned=first.fine_tuned,
             val=mean([p.val for p in points]),
             val_mean_r1=mean([p.val_mean_r1 for p in points]),
             retention=mean([p.retention for p in points]),

@@ -97,7 +97,9 @@ def same_budget(recipe: Recipe, main: Recipe) -> Recipe:
     if main.student.start == "fitted":  # elsewhere than at the base, so that WiSE-FT says nothing there
         shared.remove("keep")
     raw |= {part: other[part] for part in shared}
-    raw["student"]["start"] = recipe.student.start  # a way to distil, not what may learn
+    # ways to distil, not what may learn or be kept
+    raw["student"]["start"] = recipe.student.start
+    raw["keep"]["fine_tuned"] = recipe.keep.fine_tuned
     del raw["index"]
     raw["regions"] |= {k: other["regions"][k] for k in ("detector", "options")}
     share = passes(main) / passes(recipe)

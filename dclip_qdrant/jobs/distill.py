@@ -15,6 +15,7 @@ from dclip_qdrant.jobs.experiment import Experiment, Outcome
 from dclip_qdrant.jobs.export import export
 from dclip_qdrant.jobs.request import Request
 from dclip_qdrant.jobs.verdict import Verdict, judge
+from dclip_qdrant.recipe import Recipe
 from dclip_qdrant.serving.student import Student
 from dclip_qdrant.tables import storage
 from dclip_qdrant.tables.student_folder import RUN_FILE
@@ -86,10 +87,14 @@ def distill(request: Request) -> Distilled:
     return result
 
 
-def check_retention(result: Distilled, min_retention: float) -> None:
+def check_retention(result: Distilled, recipe: Recipe, min_retention: float) -> None:
     """Raises GateError: the student keeps less than `min_retention` of the base's zero-shot accuracy."""
     if result.retention is not None and result.retention < min_retention:
-        do = f"the student is kept in {result.student}; lower train.lr, or add smaller alphas to keep.wise_ft"
+        # a cut has no start that is worth going back to
+        less = (
+            "keep more in student.inherit" if recipe.student.inherit else "add smaller alphas to keep.wise_ft"
+        )
+        do = f"the student is kept in {result.student}; lower train.lr, or {less}"
         raise GateError("retention", f"{result.retention:.3f}", f"at least {min_retention:.3f}", do)
 
 

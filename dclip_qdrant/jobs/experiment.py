@@ -71,6 +71,7 @@ class Prepared:
     teacher_cache: Stage | None = None
     teacher: Stage | None = None
     others: tuple[str, ...] = ()
+    fine_tuned: str | None = None  # folder of the student after plain fine-tuning
     pictures: Stage | None = None  # features of the pictures without captions
 
 
@@ -304,10 +305,12 @@ class Experiment:
         features = extract_features(
             self.feature_request(recipe, boxes), actors=request.actors, from_scratch=request.from_scratch
         )
-        others = tuple(self._other_teacher(recipe, model, features) for model in recipe.ensemble.models)
+        folders = {model: self._other_model(recipe, model, features) for model in recipe.ensemble.models}
+        others = tuple(self._features_of_other(recipe, m, folders[m]) for m in recipe.ensemble.models)
+        fine_tuned = folders.get("fine_tuned")
         pictures = self._picture_features(recipe) if recipe.train.picture_share else None
         if recipe.teacher is None:
-            return Prepared(features, others=others, pictures=pictures)
+            return Prepared(features, others=others, fine_tuned=fine_tuned, pictures=pictures)
         run = self.teacher_run(recipe, features)
         cache = self.teacher_cache_stage(run)
         if request.from_scratch:
@@ -317,7 +320,7 @@ class Experiment:
         train_runs.run_in_order([run], workers=request.workers, storage=self.ray_storage())
         begin("teacher cache")
         cache_teacher(cache, features, base=request.base, teacher=run.stage.path, actors=request.actors)
-        return Prepared(features, cache, run.stage, others, pictures)
+        return Prepared(features, cache, run.stage, others, fine_tuned, pictures)
 
     def feature_request(self, recipe: Recipe, boxes: Stage | None) -> FeatureRequest:
         """What is to be cached for a recipe."""
@@ -385,16 +388,17 @@ class Experiment:
         cached_already = not text_learns and self.student_name == self.request.base
         return student.trunk_frozen, student.text_trunk_frozen and not cached_already
 
-    def _other_teacher(self, recipe: Recipe, model: str, features: Stage) -> str:
+    def _other_model(self, recipe: Recipe, model: str, features: Stage) -> str:
+        """An open_clip name or the folder of a further teacher; made if it is missing."""
+        if model == "student":
+            return self.whole_student_name
+        return self._fine_tuned_student(recipe, features) if model == "fine_tuned" else model
+
+    def _features_of_other(self, recipe: Recipe, model: str, folder: str) -> str:
         """Where a further teacher's features of the same views are; made if they are missing."""
         if model == "base":
             return model
         logger.info("further teacher %s", model)
-        folder = model
-        if model == "student":
-            folder = self.whole_student_name
-        elif model == "fine_tuned":
-            folder = self._fine_tuned_student(recipe, features)
         request = FeatureRequest(
             root=self.request.stages,
             pairs=self.pairs,
@@ -476,6 +480,8 @@ class Experiment:
             del settings["student"]["start"]
         if not recipe.train.mixup:
             del settings["train"]["mixup"]
+        if not recipe.keep.averages:
+            del settings["keep"]["fine_tuned"]
         cache = prepared.teacher_cache
         inputs: dict[str, Any] = (
             asdict(self.facts)
@@ -504,6 +510,7 @@ class Experiment:
             features=str(prepared.features.path),
             teacher=str(cache.path) if cache else None,
             others=prepared.others,
+            fine_tuned=prepared.fine_tuned if recipe.keep.averages else None,
             pictures=self.request.pictures if prepared.pictures else None,
             picture_features=str(prepared.pictures.path) if prepared.pictures else None,
             reference=self.reference,

@@ -200,7 +200,7 @@ class _Planner:
             own = prepared if is_main else self.on_sample.prepare_beside(_short(recipe), prepared)
             run = self.on_sample.student_run(_short(recipe), request.seeds[0], own)
             spent = _measured(probe.run, run.as_dict(), self._threads())
-            points = len(recipe.keep.wise_ft) * len(recipe.hubness.strengths)
+            points = recipe.sweep_points
             step = self._trained(recipe.name, spent, recipe.train.epochs, points)
             many = len(request.seeds)
             name = f"{recipe.name}, {many} seeds" if many > 1 else recipe.name

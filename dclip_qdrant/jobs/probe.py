@@ -136,7 +136,7 @@ def run(raw: dict[str, Any], threads: int) -> RunCost:
         began = time.perf_counter()
         held_out.ranks(model, cached_text=not text_learns and whole.student == whole.base)
         evaluate = (time.perf_counter() - began) / len(held_out.captions)
-        points = len(recipe.keep.wise_ft) * len(recipe.hubness.strengths)
+        points = recipe.sweep_points
         seconds -= points * pairs.splits().get("val", 0) * evaluate
     fixed = seconds - sum(row["seconds"] for row in history) - read * len(counts)
     return RunCost(epoch, decode, read, evaluate, max(0.0, fixed), _memory(), learning)

@@ -25,7 +25,8 @@ class Figures:
 
 @dataclass(frozen=True)
 class SweepPoint:
-    """One alpha of WiSE-FT and one strength against hubs, on validation.
+    """One alpha of WiSE-FT, one strength against hubs and one share of the plainly fine-tuned student, on
+    validation.
 
     `val` is what chooses: the mean of R@1, 5 and 10 of both directions. Zero-shot accuracy is that on the
     half of the labelled pictures that chooses; retention has its standard error beside it.
@@ -38,6 +39,7 @@ class SweepPoint:
     zero_shot: float | None = None
     retention: float | None = None
     retention_error: float | None = None
+    fine_tuned: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -46,10 +48,11 @@ class RunFigures:
 
     name: str
     chosen: Figures
-    as_trained: Figures | None = None  # before WiSE-FT
+    as_trained: Figures | None = None  # before WiSE-FT and averaging
     seed: int = 0
     alpha: float = 1.0
     hubness: float = 0.0
+    fine_tuned: float = 0.0  # share of the plainly fine-tuned student's weights
     sweep: list[SweepPoint] = field(default_factory=list)
     history: list[dict[str, float]] = field(default_factory=list)
     seconds: float = 0.0

@@ -19,7 +19,7 @@ from dclip_qdrant.pairs import Pairs
 from dclip_qdrant.recipe import Recipe, TeacherSettings
 from dclip_qdrant.tables import storage
 from dclip_qdrant.tables.stages import Stage
-from dclip_qdrant.training import fitted_start, hubness, joint_target, rotation
+from dclip_qdrant.training import fitted_start, joint_target, rotation, sweep
 from dclip_qdrant.training.checkpoint import Checkpoints
 from dclip_qdrant.training.choice import choose_alpha, in_doubt
 from dclip_qdrant.training.data import REGION_COLUMNS, TEXT_COLUMNS, Cache, Pictures, load_cache
@@ -34,6 +34,7 @@ from dclip_qdrant.training.reading import InMemory, Reader, Rows
 from dclip_qdrant.training.streaming import OpenStream, Streamed, first_rows
 from dclip_qdrant.training.student_batch import KeptPictures, Uncaptioned
 from dclip_qdrant.training.student_task import StudentTask, reads_regions
+from dclip_qdrant.training.sweep import Trained
 from dclip_qdrant.training.teacher_task import TeacherTask, fuse
 from dclip_qdrant.training.trackers import Report
 
@@ -57,6 +58,7 @@ class Run:
     features: str
     teacher: str | None = None  # teacher cache
     others: tuple[str, ...] = ()  # features of the recipe's further teachers, or "base"
+    fine_tuned: str | None = None  # folder of the student after plain fine-tuning
     # the model that retention is measured against; None: the student as it starts
     reference: str | None = None
     pictures: str | None = None  # pairs without captions
@@ -154,9 +156,12 @@ class Worker:
             self._labelled_sets[run.labelled] = LabelledSet(run.labelled, self.device)
         return self._labelled_sets[run.labelled]
 
-    def _right_of_base(self, run: Run, trained: "Trained", labelled: LabelledSet) -> np.ndarray:
-        """Which labelled pictures [N] the reference gets right, or the weights that every run of this model
+    def _kept_of_base(self, run: Run, trained: Trained) -> sweep.Kept | None:
+        """Which labelled pictures the reference gets right, or the weights that every run of this model
         starts from; measured once."""
+        labelled = self._labelled(run)
+        if labelled is None:
+            return None
         key = (run.labelled or "", run.reference or run.student)
         if key not in self._base_right:
             model = trained.model
@@ -165,7 +170,7 @@ class Worker:
             else:
                 model.load_weights(trained.start)
             self._base_right[key] = labelled.right(model)
-        return self._base_right[key]
+        return sweep.Kept(labelled, self._base_right[key])
 
     def _base(self, run: Run, log: Log) -> None:
         if self.comm.rank:
@@ -274,17 +279,18 @@ class Worker:
 
     def _student(self, run: Run, log: Log) -> None:
         trained = self._train_student(run, log)
-        sweep = self._sweep(run, trained)
+        points = self._sweep(run, trained)
         if self.comm.rank:
             return
-        best = choose_alpha(sweep, run.min_retention)
+        best = choose_alpha(points, run.min_retention)
         if best.retention is not None and best.retention < run.min_retention:
             log(in_doubt(best, run.min_retention))
         as_trained = None
-        if best.alpha != 1.0:
-            as_trained, _ = self._measure(run, trained, 1.0, best.hubness, "as_trained")
+        if best.alpha != 1.0 or best.fine_tuned:
+            end = replace(best, alpha=1.0, fine_tuned=0.0)
+            as_trained, _ = self._measure(run, trained, end, "as_trained")
         # the chosen weights are measured last: the model then holds what is written
-        chosen, text_map = self._measure(run, trained, best.alpha, best.hubness, "chosen")
+        chosen, text_map = self._measure(run, trained, best, "chosen")
         turned = self._turn_for_index(run, trained, text_map, log)
         _save_tensors(run.stage.path / "weights.safetensors", trained.model.weights())
         labelled = self._labelled(run)
@@ -295,7 +301,8 @@ class Worker:
             seed=run.seed,
             alpha=best.alpha,
             hubness=best.hubness,
-            sweep=sweep,
+            fine_tuned=best.fine_tuned,
+            sweep=points,
             history=trained.history,
             seconds=round(trained.seconds, 1),
             trained_parameters=trained.learning,
@@ -305,9 +312,10 @@ class Worker:
         run.stage.finish(metrics=figures.as_dict(), recipe=run.recipe)
         trained.checkpoints.clear()
         strength = f"hubness {best.hubness:g} " if trained.recipe.hubness.on else ""
-        log(f"alpha {best.alpha} {strength}{_line(chosen)}")
+        share = f"fine-tuned {best.fine_tuned:g} " if best.fine_tuned else ""
+        log(f"alpha {best.alpha} {share}{strength}{_line(chosen)}")
 
-    def _train_student(self, run: Run, log: Log) -> "Trained":
+    def _train_student(self, run: Run, log: Log) -> Trained:
         recipe = Recipe(**run.recipe)
         model = two_tower.load(run.student)
         pairs = Pairs.open(run.pairs)
@@ -381,7 +389,17 @@ class Worker:
         seconds, cached_text = time.monotonic() - began, task.cached_text
         model.merge_lora()
         return Trained(
-            recipe, model, start, model.weights(), cached_text, history, seconds, learning, val, checkpoints
+            recipe=recipe,
+            model=model,
+            start=start,
+            end=model.weights(),
+            fine_tuned=_weights_in(run.fine_tuned) if recipe.keep.averages else None,
+            cached_text=cached_text,
+            history=history,
+            seconds=seconds,
+            learning=learning,
+            val=val,
+            checkpoints=checkpoints,
         )
 
     def _train_rows(self, run: Run) -> tuple[Rows, Reader]:
@@ -458,65 +476,30 @@ class Worker:
         cache = self._cache(pictures.keys, [0] * len(pictures), UPath(run.picture_features), need=())
         return Uncaptioned(pictures, cache)
 
-    def _sweep(self, run: Run, trained: "Trained") -> list[SweepPoint]:
-        """Every alpha of WiSE-FT with every strength against hubs, on validation; each rank has its share of
-        the alphas."""
-        labelled = self._labelled(run)
-        if labelled:
-            self._right_of_base(run, trained, labelled)  # first: it puts the starting weights into the model
-        alphas = list(trained.recipe.keep.wise_ft)
-        points = self.comm.spread(alphas, lambda alpha: self._sweep_alpha(run, trained, labelled, alpha))
-        return [point for of_alpha in points for point in of_alpha]
-
-    def _sweep_alpha(
-        self, run: Run, trained: "Trained", labelled: LabelledSet | None, alpha: float
-    ) -> list[SweepPoint]:
-        """One alpha with every strength: what is against hubs is linear behind the towers, so that these
-        see each picture and caption once."""
-        model, cfg = trained.model, trained.recipe.hubness
-        self._interpolate(trained, alpha)
-        val = trained.val.vectors(model, cached_text=trained.cached_text) if trained.val else None
-        classes = labelled.vectors(model) if labelled else None
-        train = self._train_vectors(run, trained) if cfg.on else None
-        points = []
-        for strength in cfg.strengths:
-            image_map = text_map = np.eye(model.dim, dtype=np.float32)
-            if strength and train is not None:
-                image_map, text_map = (m.float().numpy() for m in hubness.maps(*train, cfg.share, strength))
-            found = val_mean_r1 = zero_shot = retention = error = None
-            if trained.val is not None and val is not None:
-                vectors = (metrics.normalise(val[0] @ image_map), metrics.normalise(val[1] @ text_map))
-                figures = metrics.retrieval(metrics.ranks(*vectors, trained.val.owner), bootstrap=0)
-                found, val_mean_r1 = metrics.mean_recall(figures), figures["mean_r@1"]
-            if labelled and classes is not None:
-                right = labelled.right_by(classes[0] @ image_map, classes[1] @ text_map)
-                own, base = (
-                    r[labelled.choosing] for r in (right, self._right_of_base(run, trained, labelled))
-                )
-                zero_shot, retention = float(own.mean()), _ratio(own, base)
-                error = metrics.ratio_error(base, own)
-            points.append(SweepPoint(alpha, strength, found, val_mean_r1, zero_shot, retention, error))
-        return points
+    def _sweep(self, run: Run, trained: Trained) -> list[SweepPoint]:
+        # first: it puts the starting weights into the model
+        kept = self._kept_of_base(run, trained)
+        return sweep.sweep(trained, kept, self._telling_hubs(run, trained), self.comm)
 
     def _measure(
-        self, run: Run, trained: "Trained", alpha: float, strength: float, name: str
+        self, run: Run, trained: Trained, point: SweepPoint, name: str
     ) -> tuple[Figures, np.ndarray | None]:
-        """Puts these weights into the model and measures them on the split of the table; the text side's
+        """Puts a point's weights into the model and measures them on the split of the table; the text side's
         map."""
-        text_map = self._place(run, trained, alpha, strength)
+        text_map = trained.place(point, self._telling_hubs(run, trained))
         ranks = self._reported(run).ranks(trained.model, cached_text=trained.cached_text, text_map=text_map)
         save_ranks(run.stage.path, name, ranks)
         retrieval = metrics.retrieval(ranks)
-        labelled = self._labelled(run)
-        if not labelled:
+        kept = self._kept_of_base(run, trained)
+        if kept is None:
             return Figures(retrieval), text_map
-        rights = (labelled.right(trained.model), self._right_of_base(run, trained, labelled))
-        own, base = (right[labelled.reported] for right in rights)
+        rights = (kept.labelled.right(trained.model), kept.right_of_base)
+        own, base = (right[kept.labelled.reported] for right in rights)
         interval = list(metrics.ratio_interval(base, own))
-        return Figures(retrieval, float(own.mean()), _ratio(own, base), interval), text_map
+        return Figures(retrieval, float(own.mean()), sweep.ratio(own, base), interval), text_map
 
     def _turn_for_index(
-        self, run: Run, trained: "Trained", text_map: np.ndarray | None, log: Log
+        self, run: Run, trained: Trained, text_map: np.ndarray | None, log: Log
     ) -> dict[str, float] | None:
         """Turns both towers so that short and quantised vectors lose less, where the recipe says so."""
         cfg = trained.recipe.index
@@ -529,43 +512,16 @@ class Worker:
         log("rotated for the index, loss {loss_before:.4f} -> {loss_after:.4f}".format(**figures))
         return figures
 
-    def _place(self, run: Run, trained: "Trained", alpha: float, strength: float) -> np.ndarray | None:
-        """Interpolates the weights and turns their hubs down; the text side's map, which cached text vectors
-        lack."""
-        self._interpolate(trained, alpha)
-        if not strength:
-            return None
-        vectors = self._train_vectors(run, trained)
-        image_map, text_map = hubness.maps(*vectors, trained.recipe.hubness.share, strength)
-        trained.model.map_outputs(image_map.to(self.device), text_map.to(self.device))
-        return text_map.float().numpy()
-
-    def _interpolate(self, trained: "Trained", alpha: float) -> None:
-        weights = trained.end
-        if alpha != 1.0:
-            weights = two_tower.interpolate(trained.start, trained.end, alpha)
-        trained.model.load_weights(weights)
-
-    def _train_vectors(self, run: Run, trained: "Trained") -> tuple[np.ndarray, np.ndarray]:
-        """Of training pictures and captions, which tell where the power lies."""
-        train = self._eval_set(run, "train", trained.recipe.hubness.pictures)
-        return train.vectors(trained.model, cached_text=trained.cached_text)
+    def _telling_hubs(self, run: Run, trained: Trained) -> EvalSet | None:
+        """Training pictures and captions, which tell where the power lies."""
+        cfg = trained.recipe.hubness
+        return self._eval_set(run, "train", cfg.pictures) if cfg.on else None
 
 
-@dataclass(frozen=True)
-class Trained:
-    """A student at the end of its training, and what its figures are made of."""
-
-    recipe: Recipe
-    model: two_tower.TwoTower
-    start: dict[str, Tensor]
-    end: dict[str, Tensor]
-    cached_text: bool  # the text tower is the teacher's own and never ran
-    history: list[dict[str, float]]
-    seconds: float
-    learning: int
-    val: EvalSet | None
-    checkpoints: Checkpoints
+def _weights_in(folder: str | None) -> dict[str, Tensor]:
+    if folder is None:
+        raise ValueError("no plainly fine-tuned student to average with")
+    return two_tower.load(folder).weights()
 
 
 def _of_student(recipe: Recipe, cache: Cache) -> Cache:
@@ -578,11 +534,6 @@ def needs(run: Run) -> tuple[str, ...]:
     if run.kind == "teacher":
         return ("regions", "texts")
     return (*TEXT_COLUMNS, *REGION_COLUMNS) if reads_regions(Recipe(**run.recipe)) else TEXT_COLUMNS
-
-
-def _ratio(own: np.ndarray, base: np.ndarray) -> float:
-    """Retention: accuracy over the base's, right or wrong [N] each."""
-    return float(own.mean()) / max(float(base.mean()), 1e-9)
 
 
 def load_teacher(stage: UPath) -> RegionTeacher:

@@ -28,12 +28,14 @@ def test_it_is_the_rivals_run_of_the_first_seed_as_a_model(tiny_base, pairs_fold
         str(pairs_folder), str(tiny_base), str(tmp_path / "out"), joint, seeds=(3, 4), reader="memory"
     )
     experiment = Experiment.open(request)
-    features = experiment.feature_request(joint, None)
-    features.stage.path.mkdir(parents=True)
-    featurise = Featurise(**features.arguments(), out=str(features.stage.path), threads=1)
-    for file in experiment.pairs.files:
-        featurise(pq.read_table(file))
     done = []
+
+    def features_in_this_process(request, **_):
+        request.stage.path.mkdir(parents=True)
+        featurise = Featurise(**request.arguments(), out=str(request.stage.path), threads=1)
+        for file in experiment.pairs.files:
+            featurise(pq.read_table(file))
+        return request.stage
 
     def in_this_process(runs, **_):
         worker = Worker(Comm(), "cpu", lambda line: None)
@@ -41,12 +43,21 @@ def test_it_is_the_rivals_run_of_the_first_seed_as_a_model(tiny_base, pairs_fold
             done.append(run)
             worker.do(run)
 
+    monkeypatch.setattr(module, "extract_features", features_in_this_process)
     monkeypatch.setattr(module.train_runs, "run_in_order", in_this_process)
-    folder = experiment._fine_tuned_student(joint, features.stage)
+    prepared = experiment.prepare(joint)
+    folder = prepared.fine_tuned
+    assert folder is not None
     (run,) = done
+    # the student's own features come from the same folder, and its weights are averaged in
+    own = experiment.student_run(joint, 3, prepared)
+    assert (own.fine_tuned, len(own.others)) == (folder, 2)
+    assert own.inputs["recipe"]["keep"]["fine_tuned"] == [0.0, 0.5]
+    assert "fine_tuned" not in run.inputs["recipe"]["keep"]
+    assert run.fine_tuned is None
     rival = same_budget(Recipe.load("sft"), joint)
     # what `compare` with sft asks for: that row's run is done then
-    assert run.stage.path == experiment.student_run(rival, 3, Prepared(features.stage)).stage.path
+    assert run.stage.path == experiment.student_run(rival, 3, Prepared(prepared.features)).stage.path
     assert (run.seed, run.recipe["train"]["epochs"]) == (3, 1)
     member = two_tower.load(folder).weights()
     trained = safetensors.torch.load((run.stage.path / "weights.safetensors").read_bytes())

@@ -31,6 +31,7 @@ SETTINGS = (
     'ensemble.models=["student"]',
     "ensemble.weights=[0.35, 0.5, 0.7, 1.0, 1.4]",
     "keep.wise_ft=[0.5, 1.0]",
+    "keep.fine_tuned=[0.0]",
     "hubness.strengths=[0.0]",
 )
 
@@ -128,25 +129,56 @@ def test_the_target_is_the_mean_of_the_teachers_cosines(run, finished):
     assert np.corrcoef(got.ravel(), want.ravel())[0, 1] > 0.98
 
 
-def test_the_sweep_measures_the_weights_that_would_be_written(run, labelled_folder):
+def test_the_sweep_measures_the_weights_that_would_be_written(run, labelled_folder, tmp_path):
     """Strengths against hubs are tried on vectors; folded into the weights they give the same figures."""
-    recipe = Recipe.load("joint", (*SETTINGS, "train.epochs=1", "hubness.strengths=[0.0, 20.0]"))
-    swept = replace(run, recipe=recipe.as_dict(), inputs={"swept": True}, labelled=str(labelled_folder))
+    own = ('ensemble.models=["student", "fine_tuned"]', "keep.fine_tuned=[0.0, 0.5]", "train.epochs=1")
+    recipe = Recipe.load("joint", (*SETTINGS, *own, "hubness.strengths=[0.0, 20.0]"))
+    fine_tuned = model_folder(tmp_path / "fine-tuned", LIGHT, 8)
+    swept = replace(
+        run,
+        recipe=recipe.as_dict(),
+        inputs={"swept": True},
+        others=(*run.others, *run.others),
+        fine_tuned=fine_tuned,
+        labelled=str(labelled_folder),
+    )
     worker = Worker(Comm(), "cpu", lambda line: None)
     trained = worker._train_student(swept, lambda line: None)
     points = worker._sweep(swept, trained)
-    assert [(p.alpha, p.hubness) for p in points] == [(0.5, 0.0), (0.5, 20.0), (1.0, 0.0), (1.0, 20.0)]
+    assert [(p.fine_tuned, p.alpha, p.hubness) for p in points] == [
+        (share, alpha, strength) for share in (0.0, 0.5) for alpha in (0.5, 1.0) for strength in (0.0, 20.0)
+    ]
     assert points[2].val != points[3].val  # the strength did something
-    labelled = worker._labelled(swept)
-    base = worker._right_of_base(swept, trained, labelled)[labelled.choosing]
+    assert points[2].val != points[6].val  # and so did the share
+    kept = worker._kept_of_base(swept, trained)
+    labelled, base = kept.labelled, kept.right_of_base[kept.labelled.choosing]
     for point in points:
-        worker._place(swept, trained, point.alpha, point.hubness)
+        trained.place(point, worker._telling_hubs(swept, trained))
         figures = metrics.retrieval(trained.val.ranks(trained.model), bootstrap=0)
         assert point.val == pytest.approx(metrics.mean_recall(figures), abs=1e-6)
         assert point.val_mean_r1 == pytest.approx(figures["mean_r@1"], abs=1e-6)
         right = labelled.right(trained.model)[labelled.choosing]
         assert point.zero_shot == pytest.approx(right.mean())
         assert point.retention == pytest.approx(right.mean() / max(base.mean(), 1e-9))
+
+
+def test_weights_are_averaged_with_the_fine_tuned_ones_before_wise_ft(run, tmp_path):
+    own = ('ensemble.models=["student", "fine_tuned"]', "keep.fine_tuned=[0.25]", "train.epochs=1")
+    recipe = Recipe.load("joint", (*SETTINGS, *own))
+    fine_tuned = model_folder(tmp_path / "fine-tuned", LIGHT, 8)
+    averaged = replace(
+        run,
+        recipe=recipe.as_dict(),
+        inputs={"averaged": True},
+        others=(*run.others, *run.others),
+        fine_tuned=fine_tuned,
+    )
+    trained = Worker(Comm(), "cpu", lambda line: None)._train_student(averaged, lambda line: None)
+    trained.mix(0.6, 0.25)
+    name = "visual.head.proj.weight"
+    start, end, other = (w[name] for w in (trained.start, trained.end, two_tower.load(fine_tuned).weights()))
+    want = 0.4 * start + 0.6 * (0.75 * end + 0.25 * other)
+    torch.testing.assert_close(trained.model.weights()[name], want)
 
 
 def test_pictures_are_seen_by_the_resting_part_once(run, monkeypatch):

@@ -33,7 +33,7 @@ def run(command: click.Command, args: list[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except DclipError as e:
-        fail(e)
+        fail(_inside_ray(e) or e)
     except Exception as e:
         own = _inside_ray(e) or _of_the_machine(e)
         if own is None or os.environ.get("DCLIP_DEBUG"):

@@ -378,7 +378,9 @@ def own_error(error: BaseException) -> DclipError | None:
         if e is None or id(e) in seen:
             continue
         seen.add(id(e))
-        if isinstance(e, DclipError):
+        inside = getattr(e, "cause", None)
+        # what a task raised is of its own class and of Ray's at once, and prints as Ray's: with its traceback
+        if isinstance(e, DclipError) and not isinstance(inside, DclipError):
             return e
         waiting += [getattr(e, name, None) for name in ("cause", "__cause__", "__context__")]
         failures = getattr(e, "worker_failures", None)

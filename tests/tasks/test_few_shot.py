@@ -8,11 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dclip_qdrant.errors import InputError
+from dclip_qdrant.errors import InputError, RecipeError
 from dclip_qdrant.pairs.labelled import Labelled
 from dclip_qdrant.tasks.few_shot import comkd, protocol
 from dclip_qdrant.tasks.few_shot.prompts import ImagePrompts, TextPrompts
-from dclip_qdrant.training.models.two_tower import load
+from dclip_qdrant.training.models.two_tower import TwoTower, load
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +87,102 @@ def test_text_prompts_start_as_the_plain_prompt(tower):
         other = prompts.with_names(["house"])
         torch.testing.assert_close(other.context, prompts.context)
         assert other().shape == (1, 32)
+
+
+def test_text_prompts_of_deeper_layers_stand_where_the_context_stands(tower):
+    """Against the layers run by hand."""
+    prompts = TextPrompts(tower, ["red star", "moon"], depth=2)
+    text, ids = tower._text, prompts.ids
+    n = ids.shape[1]
+    with torch.no_grad():
+        prompts.context += torch.randn_like(prompts.context)
+        x = text.token_embedding(ids)
+        x[:, 1:5] = prompts.context[0]
+        x = x + text.positional_embedding[:n]
+        for i, block in enumerate(text.transformer.resblocks):
+            if i == 1:
+                x[:, 1:5] = prompts.context[1]
+            x = block(x, attn_mask=text.attn_mask[:n, :n])
+        want = tower._project(text.ln_final(x)[torch.arange(2), ids.argmax(1)])
+        torch.testing.assert_close(prompts(), want)
+        # and nothing of it is left in the tower
+        plain = tower.encode_text(ids)
+        assert not torch.allclose(plain, want)
+        torch.testing.assert_close(tower.encode_text(ids), plain)
+
+
+@pytest.fixture
+def bert(tmp_path, tower):
+    """A tower that reads by a BERT of two layers."""
+    transformers = pytest.importorskip("transformers", reason="pip install 'dclip-qdrant[hf]'")
+    from open_clip.hf_model import HFTextEncoder
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "photo", "of", ".", "red", "star", "moon", "house"]
+    fast = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    fast.pre_tokenizer = pre_tokenizers.Whitespace()
+    ends = [("[CLS]", 2), ("[SEP]", 3)]
+    fast.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ends)
+    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=fast, **special)
+    config = transformers.BertConfig(
+        vocab_size=len(words),
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+    )
+    config.save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    text = HFTextEncoder(
+        str(tmp_path), output_dim=32, pretrained=False, pooler_type="mean_pooler", proj_type="linear"
+    )
+
+    class Words:
+        context_length, strip_sep_token = 16, False
+
+        def __init__(self):
+            self.tokenizer = tokenizer
+
+        def __call__(self, texts, context_length):
+            out = tokenizer(texts, padding="max_length", max_length=context_length, return_tensors="pt")
+            return out.input_ids
+
+    model = torch.nn.Module()
+    model.text, model.visual = text, tower.model.visual
+    model.encode_text = text
+    return TwoTower(model, tower.preprocess, Words(), name="bert", config={"embed_dim": 32}, fingerprint="b")
+
+
+def test_text_prompts_of_a_bert(bert):
+    names = ["red star", "moon"]
+    with torch.no_grad():
+        prompts = TextPrompts(bert, names, depth=1)
+        assert prompts.context.shape == (1, 4, 16)
+        plain = bert.encode_text(bert.tokens(["a photo of a red star.", "a photo of a moon."]))
+        torch.testing.assert_close(prompts(), plain)
+        deep = TextPrompts(bert, names, depth=9)
+        assert deep.context.shape == (2, 4, 16)
+        # the layers by hand: without padding there is nothing to mask
+        deep = TextPrompts(bert, names[:1], depth=2)
+        reader = bert._text.transformer
+        words = reader.embeddings.word_embeddings(deep.ids)
+        words[:, 1:5] = deep.context[0]
+        x = reader.embeddings(inputs_embeds=words)
+        for i, layer in enumerate(reader.encoder.layer):
+            if i == 1:
+                x[:, 1:5] = deep.context[1]
+            out = layer(x)
+            x = out[0] if isinstance(out, tuple) else out
+        torch.testing.assert_close(deep(), bert._text.proj(x.mean(1)))
+    deep().sum().backward()
+    assert (deep.context.grad.abs().sum((1, 2)) > 0).all()
+
+
+def test_a_text_tower_of_unknown_layers_is_refused(bert):
+    bert.model.text = torch.nn.Identity()
+    with pytest.raises(RecipeError, match="prompts: the text tower of bert; expected a causal text tower"):
+        TextPrompts(bert, ["moon"])
 
 
 def test_image_prompts_reach_every_layer_and_leave_the_tower_alone(tower):

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from dclip_qdrant.errors import RecipeError
-from dclip_qdrant.training.models.two_tower import TwoTower
+from dclip_qdrant.training.models.two_tower import TwoTower, special_ids
 
 INIT = "a photo of a"  # the lineage's start of the context
 
@@ -20,22 +20,20 @@ class TextPrompts(nn.Module):
     ids: Tensor  # [C, L]
 
     def __init__(self, tower: TwoTower, names: list[str], *, depth: int = 9) -> None:
+        """Raises: RecipeError: a text tower whose layers aren't known."""
         super().__init__()
-        if not tower.dynamic_text:
-            raise RecipeError(
-                "prompts", f"the text tower of {tower.name}", "a causal text tower of open_clip"
-            )
         self.tower = [tower]  # in a list: its parameters are not ours
-        self.count = len(INIT.split())
-        text = tower._text
+        embedding, layers = _text_parts(tower)
+        start = tower.tokens([INIT])[0]
+        start = start[[int(i) not in special_ids(tower.tokenizer) for i in start]]
+        self.count = len(start)
         self.register_buffer(
             "ids", tower.tokens([f"{INIT} {n.replace('_', ' ')}." for n in names]), persistent=False
         )
-        layers = len(text.transformer.resblocks)
         with torch.no_grad():
-            start = text.token_embedding(self.ids[0, 1 : 1 + self.count]).clone()
-        self.context = nn.Parameter(torch.randn(min(depth, layers), self.count, start.shape[1]) * 0.02)
-        self.context.data[0] = start
+            words = embedding(start).clone()
+        self.context = nn.Parameter(torch.randn(min(depth, len(layers)), *words.shape) * 0.02)
+        self.context.data[0] = words
 
     def with_names(self, names: list[str]) -> "TextPrompts":
         """The same learned context before other names."""
@@ -44,18 +42,42 @@ class TextPrompts(nn.Module):
         return other.to(self.context.device)
 
     def forward(self) -> Tensor:
-        tower, n = self.tower[0], self.ids.shape[1]
-        text = tower._text
-        x = text.token_embedding(self.ids) + text.positional_embedding[:n]
-        at = slice(1, 1 + self.count)
-        position = text.positional_embedding[at]
-        for i, block in enumerate(text.transformer.resblocks):
-            if i < len(self.context):
-                own = self.context[i] + position if i == 0 else self.context[i]
-                x = torch.cat([x[:, :1], own.expand(len(x), -1, -1), x[:, 1 + self.count :]], 1)
-            x = block(x, attn_mask=text.attn_mask[:n, :n])
-        x = text.ln_final(x)
-        return tower._project(x[torch.arange(len(x), device=x.device), tower._end(self.ids)])
+        tower = self.tower[0]
+        embedding, layers = _text_parts(tower)
+
+        def put(x: Tensor, i: int) -> Tensor:
+            return torch.cat([x[:, :1], self.context[i].expand(len(x), -1, -1), x[:, 1 + self.count :]], 1)
+
+        # the first layer's context takes its tokens' places before positions are added, as words do
+        hooks = [embedding.register_forward_hook(lambda module, args, out: put(out, 0))]
+        for i in range(1, len(self.context)):
+            hook = lambda module, args, i=i: (put(args[0], i), *args[1:])
+            hooks.append(layers[i].register_forward_pre_hook(hook))
+        try:
+            return tower.encode_text(self.ids)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+def _text_parts(tower: TwoTower) -> tuple[nn.Module, nn.ModuleList]:
+    """What turns tokens into vectors, and the layers above it.
+
+    Raises:
+        RecipeError: a text tower whose layers aren't known.
+    """
+    text = tower._text
+    if tower.dynamic_text:
+        return text.token_embedding, text.transformer.resblocks
+    reader = getattr(text, "transformer", None)  # BERT's and RoBERTa's as Hugging Face names them
+    layers = getattr(getattr(reader, "encoder", None), "layer", None)
+    if reader is None or layers is None:
+        came, expected = (
+            f"the text tower of {tower.name}",
+            "a causal text tower of open_clip, BERT or RoBERTa",
+        )
+        raise RecipeError("prompts", came, expected)
+    return reader.get_input_embeddings(), layers
 
 
 class ImagePrompts(nn.Module):

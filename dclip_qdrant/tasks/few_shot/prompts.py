@@ -51,8 +51,11 @@ class TextPrompts(nn.Module):
         # the first layer's context takes its tokens' places before positions are added, as words do
         hooks = [embedding.register_forward_hook(lambda module, args, out: put(out, 0))]
         for i in range(1, len(self.context)):
-            hook = lambda module, args, i=i: (put(args[0], i), *args[1:])
-            hooks.append(layers[i].register_forward_pre_hook(hook))
+
+            def before(module: nn.Module, args: tuple[Tensor, ...], i: int = i) -> tuple[Tensor, ...]:
+                return (put(args[0], i), *args[1:])
+
+            hooks.append(layers[i].register_forward_pre_hook(before))
         try:
             return tower.encode_text(self.ids)
         finally:

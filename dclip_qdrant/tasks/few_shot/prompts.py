@@ -48,8 +48,11 @@ class TextPrompts(nn.Module):
         def put(x: Tensor, i: int) -> Tensor:
             return torch.cat([x[:, :1], self.context[i].expand(len(x), -1, -1), x[:, 1 + self.count :]], 1)
 
+        def behind(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+            return put(out, 0)
+
         # the first layer's context takes its tokens' places before positions are added, as words do
-        hooks = [embedding.register_forward_hook(lambda module, args, out: put(out, 0))]
+        hooks = [embedding.register_forward_hook(behind)]
         for i in range(1, len(self.context)):
 
             def before(module: nn.Module, args: tuple[Tensor, ...], i: int = i) -> tuple[Tensor, ...]:

@@ -413,8 +413,8 @@ def describe(recipe: Recipe, name: str) -> str:
 
 def against_plain_fine_tuning(name: str) -> str:
     """Whether a recipe beats plain fine-tuning of the same student at the same budget, by our tables: on
-    photos where there are any, else on the demo's scenes. Empty where it wasn't held against it."""
-    measured = sorted(_measured(name), key=lambda f: f["suite"] == "demo")
+    photos where there are any, else on the demo's scenes. Empty where it wasn't held against it, or is it."""
+    measured = sorted(_measured(name), key=lambda f: f["suite"] == "demo") if name not in PLAIN else []
     for f in measured:
         rivals = {d["than"]: d for d in f["differences"] if d["than"] in PLAIN}
         rival = next((rivals[name] for name in PLAIN if name in rivals), None)

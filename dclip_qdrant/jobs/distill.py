@@ -143,7 +143,7 @@ def _export_base(experiment: Experiment) -> None:
     """
     request = experiment.request
     folder = storage.as_path(request.out) / "base"
-    start = experiment.base if experiment.reference else experiment.student
+    start = experiment.whole_student if experiment.reference else experiment.student
     mark = folder / RUN_FILE
     if mark.exists() and mark.read_text() == start.fingerprint and not request.from_scratch:
         return

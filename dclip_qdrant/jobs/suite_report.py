@@ -124,14 +124,18 @@ def recipe_figures(result: SuiteResult) -> list[dict[str, Any]]:
 
 
 def update_figures(result: SuiteResult, path: Path) -> None:
-    """Puts a suite's figures into the file, each in the place of the older one of its suite, group and
-    recipe; a part of a suite leaves the rest as it is."""
+    """Puts a suite's figures into the file; a part of a suite leaves the rest as it is."""
+    put_figures(recipe_figures(result), path)
+
+
+def put_figures(own: list[dict[str, Any]], path: Path) -> None:
+    """Puts figures into the file, each in the place of the older one of its suite, group and recipe."""
 
     def identity(figures: dict[str, Any]) -> tuple[str, str, str]:
         return figures["suite"], figures["group"], figures["recipe"]
 
     every = {identity(f): f for f in (json.loads(path.read_text()) if path.exists() else [])}
-    every |= {identity(f): f for f in recipe_figures(result)}
+    every |= {identity(f): f for f in own}
     storage.write_json(path, list(every.values()))
 
 

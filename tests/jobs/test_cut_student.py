@@ -7,6 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 from model_folders import LIGHT, model_folder
 
+from dclip_qdrant.jobs import distill
 from dclip_qdrant.jobs.experiment import Experiment
 from dclip_qdrant.jobs.features import Featurise
 from dclip_qdrant.jobs.request import Request
@@ -49,3 +50,22 @@ def test_a_cut_of_the_text_tower_shares_one_pass_over_the_pictures(pairs_folder,
     assert (one, shared, another) == (True, True, False)
     assert cut == own
     assert different != own
+
+
+def test_what_a_cut_is_held_against_is_the_whole_model_not_the_teacher(
+    tiny_base, pairs_folder, tmp_path, monkeypatch
+):
+    model = model_folder(tmp_path / "light", LIGHT, 5)
+    cut = "student.inherit={vocabulary=1000}"
+    recipe = Recipe.load("light", [f"student.model={json.dumps(model)}", cut, "student.last_n=2"])
+    out = tmp_path / "out"
+    request = Request(str(pairs_folder), str(tiny_base), str(out), recipe, reader="memory")
+    exported = []
+
+    def export(model, folder, **_):
+        exported.append(model.fingerprint)
+        folder.mkdir(parents=True)
+
+    monkeypatch.setattr(distill, "export", export)
+    distill._export_base(Experiment.open(request))
+    assert exported == [two_tower.load(model).fingerprint]

@@ -29,6 +29,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
 FIGURES = HERE / "figures.json"
+LARGE_TEACHER = "A large teacher"  # the group of figures that come from such runs
 
 COLOURS = {"teacher's model": "#777777", "base": "#444444", "sft": "#c46a1b"}
 OURS = "#1f6fb4"
@@ -36,10 +37,12 @@ OURS = "#1f6fb4"
 
 @dataclass(frozen=True)
 class Point:
-    """A model: its parameters, and mean R@1 of both directions in percent with its interval."""
+    """A model: its parameters, and mean R@1 of both directions on so many pictures, in percent with its
+    interval."""
 
     name: str
     parameters: int
+    pictures: int
     recall: float
     low: float
     high: float
@@ -52,8 +55,9 @@ def parameters_of(weights: Path) -> int:
         return sum(int(np.prod(f.get_slice(name).get_shape())) for name in names)
 
 
-def interval(stages: list[Path], kind: str, *, draws: int = 2000) -> tuple[float, float, float]:
-    """Mean R@1 of both directions over seeds, and its 95% percentile interval from resampling pictures."""
+def interval(stages: list[Path], kind: str, *, draws: int = 2000) -> tuple[int, float, float, float]:
+    """The pictures, mean R@1 of both directions over seeds, and its 95% percentile interval from resampling
+    pictures."""
     values, weights = [], np.ones(1)
     for stage in stages:
         ranks = load_ranks(stage, kind)
@@ -68,7 +72,7 @@ def interval(stages: list[Path], kind: str, *, draws: int = 2000) -> tuple[float
 
     every = np.arange(len(t2i))
     drawn = [mean(rng.integers(len(every), size=len(every))) for _ in range(draws)]
-    return mean(every), float(np.percentile(drawn, 2.5)), float(np.percentile(drawn, 97.5))
+    return len(every), mean(every), float(np.percentile(drawn, 2.5)), float(np.percentile(drawn, 97.5))
 
 
 def points_of(run: Path) -> list[Point]:
@@ -101,7 +105,7 @@ def figures_of(run: Path, suite: str) -> dict[str, Any]:
     return {
         "recipe": row["name"],
         "suite": suite,
-        "group": "A large teacher",
+        "group": LARGE_TEACHER,
         "seeds": row["seeds"],
         "mean_r@1": row["mean_r@1"],
         "retention": row["retention"],
@@ -123,7 +127,7 @@ def gains() -> list[tuple[str, bool, dict[str, Any]]]:
         than = {d["than"]: d for d in figures["differences"]}
         plain = than.get("sft+wise_ft") or than.get("sft")
         if plain:
-            large = figures["group"] == "A large teacher"
+            large = figures["group"] == LARGE_TEACHER
             best.setdefault(figures["recipe"], (figures["recipe"], large, plain))
     return sorted(best.values(), key=lambda row: row[2]["difference"])
 
@@ -144,7 +148,8 @@ def draw_models(axes: Axes, points: list[Point]) -> None:
             color=colour,
         )
     axes.set(xlabel="parameters, image + text (millions)", ylabel="mean R@1, text to image and back (%)")
-    axes.set_title("Half of Flickr8k's dev list, 500 photos", fontsize=10)
+    counts = " or ".join(sorted({f"{p.pictures:,}" for p in points}))
+    axes.set_title(f"What was measured on {counts} test photos", fontsize=10)
     axes.set_xlim(0, 1.45 * max(p.parameters for p in points) / 1e6)
     axes.grid(alpha=0.25)
 
@@ -162,7 +167,7 @@ def draw_gains(axes: Axes, rows: list[tuple[str, bool, dict[str, Any]]]) -> None
     axes.set_xlabel(
         "points of mean R@1 over plain fine-tuning\nof the same student (with WiSE-FT where it has it)"
     )
-    axes.set_title("What each recipe gains (blue: 500 photos; grey: 1,000)", fontsize=10)
+    axes.set_title("What each recipe gains (blue: taught by a large teacher, on other photos)", fontsize=10)
     axes.grid(alpha=0.25, axis="x")
 
 

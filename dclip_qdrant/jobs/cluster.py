@@ -380,8 +380,10 @@ def own_error(error: BaseException) -> DclipError | None:
         seen.add(id(e))
         inside = getattr(e, "cause", None)
         # what a task raised is of its own class and of Ray's at once, and prints as Ray's: with its traceback
-        if isinstance(e, DclipError) and not isinstance(inside, DclipError):
-            return e
+        if isinstance(e, DclipError):
+            if not isinstance(inside, DclipError):
+                return e
+            inside.names = inside.names or e.names
         waiting += [getattr(e, name, None) for name in ("cause", "__cause__", "__context__")]
         failures = getattr(e, "worker_failures", None)
         if isinstance(failures, dict):

@@ -58,7 +58,7 @@ class Run:
     features: str
     teacher: str | None = None  # teacher cache
     others: tuple[str, ...] = ()  # features of the recipe's further teachers, or "base"
-    fine_tuned: str | None = None  # folder of the student after plain fine-tuning
+    fine_tuned: str | None = None  # folder of the student after plain fine-tuning, where it is averaged in
     # the model that retention is measured against; None: the student as it starts
     reference: str | None = None
     pictures: str | None = None  # pairs without captions
@@ -393,7 +393,7 @@ class Worker:
             model=model,
             start=start,
             end=model.weights(),
-            fine_tuned=_weights_in(run.fine_tuned) if recipe.keep.averages else None,
+            fine_tuned=two_tower.load(run.fine_tuned).weights() if run.fine_tuned else None,
             cached_text=cached_text,
             history=history,
             seconds=seconds,
@@ -516,12 +516,6 @@ class Worker:
         """Training pictures and captions, which tell where the power lies."""
         cfg = trained.recipe.hubness
         return self._eval_set(run, "train", cfg.pictures) if cfg.on else None
-
-
-def _weights_in(folder: str | None) -> dict[str, Tensor]:
-    if folder is None:
-        raise ValueError("no plainly fine-tuned student to average with")
-    return two_tower.load(folder).weights()
 
 
 def _of_student(recipe: Recipe, cache: Cache) -> Cache:

@@ -5,7 +5,7 @@ import pytest
 from ray.exceptions import RayTaskError
 
 from dclip_qdrant.cli import front
-from dclip_qdrant.errors import RecipeError
+from dclip_qdrant.errors import RecipeError, calling_parameters
 from dclip_qdrant.jobs.cluster import own_error
 
 
@@ -23,3 +23,17 @@ def test_an_error_of_a_task_is_one_line_without_its_traceback(capsys):
         front.run(job, [])
     assert stopped.value.code == 2
     assert capsys.readouterr().err == "error: prompts: the text tower of X; expected another\n"
+
+
+def test_it_keeps_the_flags_of_the_command(capsys):
+    """They are put on what passes through the command, which is Ray's."""
+    ours = RecipeError("`labelled`", "no classes", "some")
+
+    @click.command()
+    def job():
+        with calling_parameters({"labelled": "--labelled"}):
+            raise RayTaskError("task", "Traceback ...", ours).as_instanceof_cause()
+
+    with pytest.raises(SystemExit):
+        front.run(job, [])
+    assert capsys.readouterr().err == "error: --labelled: no classes; expected some\n"

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -129,19 +130,22 @@ def test_the_target_is_the_mean_of_the_teachers_cosines(run, finished):
     assert np.corrcoef(got.ravel(), want.ravel())[0, 1] > 0.98
 
 
+def averaging(run: Run, folder: Path, name: str, *settings: str) -> Run:
+    """A run of one epoch beside a plainly fine-tuned student of other weights."""
+    own = ('ensemble.models=["student", "fine_tuned"]', "train.epochs=1", *settings)
+    return replace(
+        run,
+        recipe=Recipe.load("joint", (*SETTINGS, *own)).as_dict(),
+        inputs={name: True},
+        others=(*run.others, *run.others),
+        fine_tuned=model_folder(folder / "fine-tuned", LIGHT, 8),
+    )
+
+
 def test_the_sweep_measures_the_weights_that_would_be_written(run, labelled_folder, tmp_path):
     """Strengths against hubs are tried on vectors; folded into the weights they give the same figures."""
-    own = ('ensemble.models=["student", "fine_tuned"]', "keep.fine_tuned=[0.0, 0.5]", "train.epochs=1")
-    recipe = Recipe.load("joint", (*SETTINGS, *own, "hubness.strengths=[0.0, 20.0]"))
-    fine_tuned = model_folder(tmp_path / "fine-tuned", LIGHT, 8)
-    swept = replace(
-        run,
-        recipe=recipe.as_dict(),
-        inputs={"swept": True},
-        others=(*run.others, *run.others),
-        fine_tuned=fine_tuned,
-        labelled=str(labelled_folder),
-    )
+    settings = ("keep.fine_tuned=[0.0, 0.5]", "hubness.strengths=[0.0, 20.0]")
+    swept = replace(averaging(run, tmp_path, "swept", *settings), labelled=str(labelled_folder))
     worker = Worker(Comm(), "cpu", lambda line: None)
     trained = worker._train_student(swept, lambda line: None)
     points = worker._sweep(swept, trained)
@@ -163,20 +167,13 @@ def test_the_sweep_measures_the_weights_that_would_be_written(run, labelled_fold
 
 
 def test_weights_are_averaged_with_the_fine_tuned_ones_before_wise_ft(run, tmp_path):
-    own = ('ensemble.models=["student", "fine_tuned"]', "keep.fine_tuned=[0.25]", "train.epochs=1")
-    recipe = Recipe.load("joint", (*SETTINGS, *own))
-    fine_tuned = model_folder(tmp_path / "fine-tuned", LIGHT, 8)
-    averaged = replace(
-        run,
-        recipe=recipe.as_dict(),
-        inputs={"averaged": True},
-        others=(*run.others, *run.others),
-        fine_tuned=fine_tuned,
-    )
+    averaged = averaging(run, tmp_path, "averaged", "keep.fine_tuned=[0.25]")
     trained = Worker(Comm(), "cpu", lambda line: None)._train_student(averaged, lambda line: None)
     trained.mix(0.6, 0.25)
     name = "visual.head.proj.weight"
-    start, end, other = (w[name] for w in (trained.start, trained.end, two_tower.load(fine_tuned).weights()))
+    start, end, other = (
+        w[name] for w in (trained.start, trained.end, two_tower.load(averaged.fine_tuned).weights())
+    )
     want = 0.4 * start + 0.6 * (0.75 * end + 0.25 * other)
     torch.testing.assert_close(trained.model.weights()[name], want)
 

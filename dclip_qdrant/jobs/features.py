@@ -6,7 +6,7 @@ Each model gets its own pixels: its own resolution, resize mode, mean and std.""
 import hashlib
 import io
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -27,7 +27,7 @@ from dclip_qdrant.recipe import Recipe
 from dclip_qdrant.tables import contracts
 from dclip_qdrant.tables.stages import Stage, parts, write_part
 from dclip_qdrant.training.data import apply_view, view_box
-from dclip_qdrant.training.evaluate import encode_texts
+from dclip_qdrant.training.evaluate import batched, encode_texts
 from dclip_qdrant.training.models import two_tower
 from dclip_qdrant.training.models.bottom import FORWARD
 
@@ -282,10 +282,7 @@ class Featurise:
         view_vectors, view_trunks = self._encode([p.views for p in prepared], self.prepare.views)
         crop_vectors, crop_trunks = self._encode([p.crops for p in prepared], self.prepare.crops)
         captions = [caption for row in rows for caption in row["captions"]]
-        text_vectors = encode_texts(self.base, captions, self.device)
-        text_trunks: Any = []
-        if self.text_student is not None:
-            text_trunks = encode_texts(self.text_student, captions, self.device, trunk=True)
+        text_vectors, text_trunks = self._encode_texts(captions)
         out: list[dict[str, Any]] = []
         view = crop = text = 0  # where the picture's own begin
         for row, picture in zip(rows, prepared, strict=True):
@@ -321,6 +318,17 @@ class Featurise:
                 view += 1
             crop, text = own.stop, said.stop
         return out
+
+    def _encode_texts(self, captions: list[str]) -> tuple[np.ndarray, Sequence[np.ndarray]]:
+        """The base's vectors of captions, and the student's features below its projection where they are
+        cached."""
+        if self.text_student is self.base and captions:  # one pass gives both
+            trunks = encode_texts(self.base, captions, self.device, trunk=True)
+            return batched(self.base.text_head, trunks, self.device), trunks
+        vectors = encode_texts(self.base, captions, self.device)
+        if self.text_student is None:
+            return vectors, []
+        return vectors, encode_texts(self.text_student, captions, self.device, trunk=True)
 
     @torch.no_grad()
     def _encode(

@@ -117,14 +117,14 @@ class EvalSet:
         """
         cache = self.cache if cached_trunks else None
         if model.trunk_frozen and cache is not None and cache.trunk.shape[-1]:
-            image = _batched(model.head, cache.trunk[:, 0], self.device)
+            image = batched(model.head, cache.trunk[:, 0], self.device)
         else:
             image = encode_images(model, self.decoded, self.device)
         if cached_text and self.cache is not None:
             text = self.cache.texts.astype(np.float32)
             text = text if text_map is None else text @ text_map
         elif model.text_trunk_frozen and cache is not None and cache.text_trunk.shape[-1]:
-            text = _batched(model.text_head, cache.text_trunk, self.device)
+            text = batched(model.text_head, cache.text_trunk, self.device)
         else:
             text = encode_texts(model, [c for cs in self.captions for c in cs], self.device)
         return metrics.normalise(image), metrics.normalise(text)
@@ -175,14 +175,15 @@ class LabelledSet:
             whose = model.trunk_mark()
             if self._trunk is None or self._trunk[0] != whose:
                 self._trunk = (whose, encode_images(model, self.decoded, self.device, trunk=True))
-            image = _batched(model.head, self._trunk[1], self.device)
+            image = batched(model.head, self._trunk[1], self.device)
         else:
             image = encode_images(model, self.decoded, self.device)
         return image, encode_texts(model, self.data.prompts, self.device)
 
 
 @torch.no_grad()
-def _batched(f: Any, x: np.ndarray, device: str) -> np.ndarray:
+def batched(f: Any, x: np.ndarray, device: str) -> np.ndarray:
+    """f of x [N, ...], N above 0, a few hundred rows at a time."""
     return np.concatenate(
         [
             f(torch.from_numpy(x[i : i + 512].astype(np.float32)).to(device)).float().cpu().numpy()

@@ -237,7 +237,7 @@ class StudentTask:
                 out["text"] = self._text(part.texts)
             if part.spans is not None:
                 out["spans"] = (
-                    self.model.encode_text(part.spans.long()) if len(part.spans) else out["text"][:0]
+                    self.model.encode_captions(part.spans.long()) if len(part.spans) else out["text"][:0]
                 )
         return out
 
@@ -246,7 +246,7 @@ class StudentTask:
             return texts
         if self.resting.text_trunk:
             return self.model.text_head(texts)
-        return self.model.encode_text(texts.long())
+        return self.model.encode_captions(texts.long())
 
     def _words(self, model: TwoTower, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Sentence vectors [M, D], token features [M, L, D] and which of them are words [M, L]; L is the

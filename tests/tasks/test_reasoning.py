@@ -202,15 +202,24 @@ def test_vocabulary_and_targets_by_hand():
 # --- the encoder and the loss
 
 
-def test_padding_changes_nothing():
+@pytest.mark.parametrize("pad_id", [0, 1])  # a CLIP's or a BERT's; a RoBERTa's
+def test_padding_changes_nothing(pad_id):
     from dclip_qdrant.tasks.reasoning.fused_encoder import FusedEncoder
 
     torch.manual_seed(0)
     encoder = FusedEncoder(
-        vocabulary=50, image_size=16, patch=8, length=12, width=16, heads=2, alone=1, together=1
+        vocabulary=50,
+        image_size=16,
+        patch=8,
+        length=12,
+        width=16,
+        heads=2,
+        alone=1,
+        together=1,
+        pad_id=pad_id,
     ).eval()
-    ids, pixels = torch.randint(1, 50, (3, 7)), torch.randn(3, 3, 16, 16)
-    a, b = encoder(pixels, ids), encoder(pixels, F.pad(ids, (0, 5)))
+    ids, pixels = torch.randint(2, 50, (3, 7)), torch.randn(3, 3, 16, 16)
+    a, b = encoder(pixels, ids), encoder(pixels, F.pad(ids, (0, 5), value=pad_id))
     for x, y in ((a.image, b.image), (a.text, b.text), (a.words, b.words[:, :7])):
         torch.testing.assert_close(x, y)
     assert a.patches.shape == (3, 16, 2, 2)

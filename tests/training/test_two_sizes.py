@@ -105,6 +105,23 @@ def test_cached_trunks_are_what_the_student_sees_by_itself(
         np.testing.assert_allclose(matrix(cached["image"])[i], image_vector, atol=1e-5)
 
 
+def test_a_base_that_is_its_own_student_reads_each_caption_once(tiny_base, tmp_path, monkeypatch):
+    captions = ["a red dog", "two blue cats that run", "a"]
+    recipe = Recipe.load("tiny").as_dict()
+    actor = Featurise(
+        str(tiny_base), str(tiny_base), True, True, recipe, None, 0, False, str(tmp_path), threads=1
+    )
+    model = two_tower.load(str(tiny_base))
+    monkeypatch.setattr(actor.base, "encode_text", None)  # one pass of the trunk is enough
+    vectors, trunks = actor._encode_texts(captions)
+    with torch.no_grad():
+        ids = model.tokenizer(captions, context_length=model.context_length)
+        torch.testing.assert_close(torch.from_numpy(vectors), model.model.encode_text(ids), atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            model.text_head(torch.from_numpy(np.stack(trunks))), torch.from_numpy(vectors)
+        )
+
+
 OTHER_TEXTS = {
     "causal": {},
     "not causal": {"no_causal_mask": True, "pool_type": "last", "proj_bias": True},

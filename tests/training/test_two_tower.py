@@ -228,3 +228,17 @@ def test_a_learned_rotation_is_orthogonal_and_makes_short_prefixes_better(rng):
     whole = mean_r1(ranks(image, text, np.arange(300))).mean()
     assert score(image, text) < 0.8 * whole
     assert score(image @ turn.numpy(), text @ turn.numpy()) > 0.9 * whole
+
+
+def test_captions_of_like_length_together_are_the_same_captions(model, rng):
+    model.choose("text", "full")
+    texts = ["star " * int(n) for n in rng.integers(1, 12, 150)]
+    ids, weight = model.tokens(texts), torch.randn(model.dim)
+    found = []
+    for encode in (model.encode_text, model.encode_captions):
+        out = encode(ids)
+        model.zero_grad()
+        (out @ weight).square().mean().backward()
+        found.append((out.detach(), model._text.token_embedding.weight.grad.clone()))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5 * one.abs().max().item(), rtol=0)

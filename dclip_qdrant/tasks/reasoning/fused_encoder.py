@@ -38,6 +38,7 @@ class FusedEncoder(nn.Module):
         alone: int = 2,
         together: int = 2,
         dropout: float = 0.1,
+        pad_id: int = 0,
     ) -> None:
         super().__init__()
         if image_size % patch or width % heads:
@@ -46,7 +47,7 @@ class FusedEncoder(nn.Module):
             )
         self.side = image_size // patch
         self.patch = nn.Conv2d(3, width, patch, patch)
-        self.word = nn.Embedding(vocabulary, width, padding_idx=0)
+        self.word = nn.Embedding(vocabulary, width, padding_idx=pad_id)
         self.image_whole = nn.Parameter(torch.randn(1, 1, width) * 0.02)
         self.image_place = nn.Parameter(torch.randn(1, self.side**2 + 1, width) * 0.02)
         self.text_place = nn.Parameter(torch.randn(1, length, width) * 0.02)
@@ -61,15 +62,15 @@ class FusedEncoder(nn.Module):
             nn.ModuleList(cross() for _ in range(together)) for _ in range(2)
         )
         self.image_norm, self.text_norm = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.width = width
+        self.width, self.pad_id = width, pad_id
 
     def forward(self, pixels: Tensor, ids: Tensor) -> Fused:
-        """pixels [B, 3, S, S], ids [B, L] with 0 for padding; the first token stands for the whole
-        sentence."""
+        """pixels [B, 3, S, S], ids [B, L] with `pad_id` behind the shorter ones; the first token stands for
+        the whole sentence."""
         v = self.patch(pixels).flatten(2).mT
         v = torch.cat([self.image_whole.expand(len(v), -1, -1), v], 1) + self.image_place
         t = self.word(ids) + self.text_place[:, : ids.shape[1]]
-        padding = ids == 0
+        padding = ids == self.pad_id
         padding[:, 0] = False
         for iv, it in zip(self.image_alone, self.text_alone, strict=True):
             v, t = iv(v), it(t, src_key_padding_mask=padding)

@@ -69,7 +69,9 @@ class Config(BaseModel):
 class FusedStudent(nn.Module):
     """The encoder, its task head, and the maps to CLIP's width that are thrown away after training."""
 
-    def __init__(self, cfg: Config, *, answers: int, vocabulary: int, length: int, teacher_dim: int) -> None:
+    def __init__(
+        self, cfg: Config, *, answers: int, vocabulary: int, length: int, teacher_dim: int, pad_id: int = 0
+    ) -> None:
         super().__init__()
         self.encoder = FusedEncoder(
             vocabulary=vocabulary,
@@ -81,6 +83,7 @@ class FusedStudent(nn.Module):
             alone=cfg.alone,
             together=cfg.together,
             dropout=cfg.dropout,
+            pad_id=pad_id,
         )
         self.head = Head(cfg.width, answers)
         self.to_image, self.to_text, self.to_region, self.to_word = (
@@ -139,7 +142,8 @@ class Reasoning:
         self.student = FusedStudent(
             cfg,
             answers=1 if self.multiple else target.shape[1],
-            vocabulary=tower._text.token_embedding.num_embeddings,
+            vocabulary=tower.vocabulary_size,
+            pad_id=tower.pad_id,
             length=tower.context_length,
             teacher_dim=tower.dim,
         ).to(device)
@@ -166,7 +170,7 @@ class Reasoning:
         rows = np.array([s.number[self.examples[i].picture] for i in index])
         ids = torch.stack([self._ids(self.texts[i]) for i in index]).to(self.device)
         ids = ids[
-            ..., : int((ids != 0).any(0).any(0).nonzero().max()) + 1
+            ..., : int((ids != self.tower.pad_id).any(0).any(0).nonzero().max()) + 1
         ]  # what is padding in every row is no work
         fixed = {"target": self.target[index], "weight": self.confidence[index], "known": self.known[index]}
         out = ExampleBatch(

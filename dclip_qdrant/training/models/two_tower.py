@@ -16,6 +16,8 @@ from dclip_qdrant.recipe import StudentSettings
 from dclip_qdrant.training.models import lora, projections
 from dclip_qdrant.training.models.bases import hash_tensors, open_base
 
+LIKE_LENGTH = 64  # captions of like length that a CPU reads together
+
 _ATTENTION = re.compile(
     r"\.attn\.(in_proj_weight|in_proj_bias|out_proj\.|qkv\.|q\.|k\.|v\.|proj\.|q_proj\.|k_proj\.|v_proj\."
     r"|\w*_proj_weight)"
@@ -198,6 +200,15 @@ class TwoTower(nn.Module):
         config: Any = getattr(self._text, "config", None)
         return int(config.pad_token_id or 0) if isinstance(self._text, HFTextEncoder) else 0
 
+    @property
+    def vocabulary_size(self) -> int:
+        """How many tokens the text tower knows."""
+        text: Any = self._text
+        known = (
+            text.config.vocab_size if isinstance(text, HFTextEncoder) else text.token_embedding.num_embeddings
+        )
+        return int(known)
+
     def tokens(self, texts: list[str]) -> Tensor:
         """[B, L] ids; L is the longest text of the batch where the tower allows that, else the context
         length."""
@@ -227,6 +238,16 @@ class TwoTower(nn.Module):
         if not self.dynamic_text:
             return self.model.encode_text(ids)
         return self._project(self.hidden(ids)[torch.arange(len(ids), device=ids.device), self._end(ids)])
+
+    def encode_captions(self, ids: Tensor) -> Tensor:
+        """[B, L] -> [B, D], as `encode_text`. On a CPU captions of like length go together: few of a batch
+        are as long as its longest, to which all are padded."""
+        if not self.dynamic_text or ids.device.type != "cpu" or len(ids) <= LIKE_LENGTH:
+            return self.encode_text(ids)
+        end = self._end(ids)
+        order = end.argsort(stable=True)
+        parts = [self.encode_text(ids[at, : int(end[at].max()) + 1]) for at in order.split(LIKE_LENGTH)]
+        return torch.cat(parts)[order.argsort()]
 
     @property
     def _text_head(self) -> projections.Place | None:

@@ -6,7 +6,7 @@ Each model gets its own pixels: its own resolution, resize mode, mean and std.""
 import hashlib
 import io
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -319,16 +319,16 @@ class Featurise:
             crop, text = own.stop, said.stop
         return out
 
-    def _encode_texts(self, captions: list[str]) -> tuple[np.ndarray, Sequence[np.ndarray]]:
+    def _encode_texts(self, captions: list[str]) -> tuple[np.ndarray, list[np.ndarray]]:
         """The base's vectors of captions, and the student's features below its projection where they are
         cached."""
         if self.text_student is self.base and captions:  # one pass gives both
             trunks = encode_texts(self.base, captions, self.device, trunk=True)
-            return batched(self.base.text_head, trunks, self.device), trunks
+            return batched(self.base.text_head, trunks, self.device), list(trunks)
         vectors = encode_texts(self.base, captions, self.device)
         if self.text_student is None:
             return vectors, []
-        return vectors, encode_texts(self.text_student, captions, self.device, trunk=True)
+        return vectors, list(encode_texts(self.text_student, captions, self.device, trunk=True))
 
     @torch.no_grad()
     def _encode(

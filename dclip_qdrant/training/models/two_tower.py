@@ -203,11 +203,10 @@ class TwoTower(nn.Module):
     @property
     def vocabulary_size(self) -> int:
         """How many tokens the text tower knows."""
-        text: Any = self._text
-        known = (
-            text.config.vocab_size if isinstance(text, HFTextEncoder) else text.token_embedding.num_embeddings
-        )
-        return int(known)
+        config: Any = getattr(self._text, "config", None)
+        if isinstance(self._text, HFTextEncoder):
+            return int(config.vocab_size)
+        return int(self._text.token_embedding.num_embeddings)
 
     def tokens(self, texts: list[str]) -> Tensor:
         """[B, L] ids; L is the longest text of the batch where the tower allows that, else the context

@@ -7,7 +7,7 @@ The first caption of every photo is stated of three photos:
 
     entailment     its own
     neutral        the photo whose captions are nearest to it: much the same could be said of that one
-    contradiction  a photo whose captions share no telling word with it
+    contradiction  a photo drawn from the quarter whose captions are furthest from it
 
 Near is the cosine of TF-IDF vectors, words of a caption against all words of a photo's captions. As every
 sentence stands under each label once, no label follows from the words alone: who doesn't look is right in a
@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dclip_qdrant import metrics
 from dclip_qdrant.pairs import Pairs
 from dclip_qdrant.training.data import Pictures
 from dclip_qdrant.training.evaluate import spread
@@ -34,20 +35,21 @@ def words(text: str) -> list[str]:
 
 def similarities(stated: list[str], told: list[str]) -> np.ndarray:
     """[N, N]: cosines of the TF-IDF vectors of N sentences and of N photos' captions put together."""
-    known = sorted({w for text in told for w in words(text)})
-    place = {w: i for i, w in enumerate(known)}
-    counts = np.zeros((len(told), len(known)), np.float32)
-    for row, text in enumerate(told):
-        for w in words(text):
-            counts[row, place[w]] += 1
+    place = {w: i for i, w in enumerate(sorted({w for text in told for w in words(text)}))}
+    counts = counted(told, place)
     rarity = np.log(len(told) / (counts > 0).sum(0))
-    sentences = np.zeros_like(counts)
-    for row, text in enumerate(stated):
+    sentences, photos = (metrics.normalise(np.log1p(x) * rarity) for x in (counted(stated, place), counts))
+    return sentences @ photos.T
+
+
+def counted(texts: list[str], place: dict[str, int]) -> np.ndarray:
+    """[N, V]: how often each known word stands in each text."""
+    counts = np.zeros((len(texts), len(place)), np.float32)
+    for row, text in enumerate(texts):
         for w in words(text):
             if w in place:
-                sentences[row, place[w]] += 1
-    unit = lambda x: x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-9)
-    return unit(sentences * rarity) @ unit(np.log1p(counts) * rarity).T
+                counts[row, place[w]] += 1
+    return counts
 
 
 def examples(keys: list[str], captions: list[list[str]], rng: np.random.Generator) -> list[dict[str, str]]:

@@ -70,7 +70,7 @@ class FusedStudent(nn.Module):
     """The encoder, its task head, and the maps to CLIP's width that are thrown away after training."""
 
     def __init__(
-        self, cfg: Config, *, answers: int, vocabulary: int, length: int, teacher_dim: int, pad_id: int = 0
+        self, cfg: Config, *, answers: int, vocabulary: int, length: int, teacher_dim: int, pad_id: int
     ) -> None:
         super().__init__()
         self.encoder = FusedEncoder(

@@ -24,7 +24,7 @@ from dclip_qdrant.jobs import cluster, train_runs
 from dclip_qdrant.recipe import Recipe
 from dclip_qdrant.tables.contracts import FEATURES, PAIRS
 from dclip_qdrant.tables.storage import write_json
-from dclip_qdrant.training.runs import Run
+from dclip_qdrant.training.run import Run
 
 PART, GROUP = 10_240, 512  # rows, as stages write them
 HELD_OUT = 512  # pictures of val and of test each

@@ -17,6 +17,7 @@ third. No person has judged these labels: some neighbour's photo does show what 
 import argparse
 import json
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ from dclip_qdrant.training.data import Pictures
 from dclip_qdrant.training.evaluate import spread
 
 TELLING = 3  # letters: what is shorter tells little
+FEWEST = 4  # photos of a split
 
 
 def words(text: str) -> list[str]:
@@ -77,6 +79,17 @@ def examples(keys: list[str], captions: list[list[str]], rng: np.random.Generato
     return [out[i] for i in rng.permutation(len(out))]
 
 
+def with_captions(pairs: Pairs, split: str, most: int) -> np.ndarray:
+    """Rows of no more than `most` photos of a split that have captions, evenly spread over it."""
+    counts = np.array([len(c) for c in pairs.table(["captions"], (split,))["captions"].to_pylist()])
+    rows = np.flatnonzero(counts)
+    if len(rows) < len(counts):
+        print(f"{split}: {len(counts) - len(rows):,} of {len(counts):,} photos have no caption: left out")
+    if len(rows) < FEWEST:
+        sys.exit(f"{split}: {len(rows)} photos with captions, {FEWEST} at least: a neighbour and a quarter")
+    return rows[spread(len(rows), most)]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("pairs", metavar="PAIRS")
@@ -84,9 +97,11 @@ def main() -> None:
     parser.add_argument("--photos", type=int, default=4000, help="at most, of each split")
     args = parser.parse_args()
     pairs, images = Pairs.open(args.pairs), args.out / "images"
-    images.mkdir(parents=True)  # never into a folder that is there
+    if args.out.exists():
+        parser.error(f"{args.out} is there already; name a folder that isn't")
+    images.mkdir(parents=True)
     for split in ("train", "test"):
-        rows = spread(pairs.splits()[split], args.photos)
+        rows = with_captions(pairs, split, args.photos)
         pictures = Pictures(pairs, split, rows)
         names = [f"{split}-{row}" for row in rows]
         for i, name in enumerate(names):

@@ -479,7 +479,9 @@ def finetune_teacher_command(
     """Fine-tunes the region teacher of a recipe on Ray Train (regions and features first, where they are
     missing). With the same --out, distill reuses it."""
     from dclip_qdrant.jobs.cluster import absolute, connect
+    from dclip_qdrant.jobs.conduct import taught
     from dclip_qdrant.jobs.experiment import Experiment
+    from dclip_qdrant.jobs.preparation import prepare
     from dclip_qdrant.jobs.request import Request
     from dclip_qdrant.recipe import Recipe
 
@@ -500,8 +502,8 @@ def finetune_teacher_command(
     )
     experiment = Experiment.open(request)
     connect()
-    experiment = experiment.taught()
-    trained = experiment.prepare(experiment.request.recipe).teacher
+    experiment = taught(experiment)
+    trained = prepare(experiment, experiment.request.recipe).teacher
     if trained is None:
         raise RuntimeError("a recipe with a teacher was prepared without one")
     facts = trained.manifest()

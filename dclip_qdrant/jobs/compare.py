@@ -11,7 +11,8 @@ from typing import Any
 from dclip_qdrant.errors import RecipeError
 from dclip_qdrant.jobs import cluster, comparison
 from dclip_qdrant.jobs.comparison import AFTER_WISE_FT, Difference, Row
-from dclip_qdrant.jobs.experiment import Experiment, Outcome
+from dclip_qdrant.jobs.conduct import Outcome, conduct
+from dclip_qdrant.jobs.experiment import Experiment
 from dclip_qdrant.jobs.export import export
 from dclip_qdrant.jobs.request import Request
 from dclip_qdrant.jobs.stream import alone
@@ -23,7 +24,7 @@ from dclip_qdrant.serving.evaluation import latency
 from dclip_qdrant.serving.student import Student
 from dclip_qdrant.tables import storage
 from dclip_qdrant.training.figures import RunFigures, SweepPoint
-from dclip_qdrant.training.runs import Run
+from dclip_qdrant.training.run import Run
 
 logger = logging.getLogger(__name__)
 
@@ -135,8 +136,8 @@ def _run_group(group: Group, experiment: Experiment, parallel: int | None) -> Gr
         return reason
 
     size = _student_size(experiment)  # first: what can't be exported is said before any training
-    outcome = experiment.run(
-        lambda runs: run_side_by_side(runs, parallel=parallel), tolerate=failed_before_training
+    outcome = conduct(
+        experiment, lambda runs: run_side_by_side(runs, parallel=parallel), tolerate=failed_before_training
     )
     if not outcome.base.stage.done:
         came = f"the base could not be measured: {outcome.failures.get(outcome.base.label)}"
@@ -259,7 +260,7 @@ def run_side_by_side(runs: list[Run], *, parallel: int | None) -> dict[str, str]
             import torch
 
             from dclip_qdrant.training.distributed import Comm
-            from dclip_qdrant.training.runs import Worker
+            from dclip_qdrant.training.worker import Worker
 
             cluster.log_to_stdout()
             torch.set_num_threads(threads)

@@ -11,7 +11,7 @@ import numpy as np
 from dclip_qdrant import metrics
 from dclip_qdrant.recipe import Recipe
 from dclip_qdrant.training.figures import Figures, RunFigures, load_ranks
-from dclip_qdrant.training.runs import Run
+from dclip_qdrant.training.run import Run
 
 # of [train]: what a recipe is, not what it costs
 OWN_SETTINGS = (

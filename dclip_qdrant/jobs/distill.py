@@ -11,7 +11,8 @@ from upath import UPath
 from dclip_qdrant.errors import GateError
 from dclip_qdrant.jobs import cluster, train_runs
 from dclip_qdrant.jobs.comparison import Difference, Row, base_row, differences, markdown_table, recipe_rows
-from dclip_qdrant.jobs.experiment import Experiment, Outcome
+from dclip_qdrant.jobs.conduct import Outcome, conduct, taught
+from dclip_qdrant.jobs.experiment import Experiment
 from dclip_qdrant.jobs.export import export
 from dclip_qdrant.jobs.request import Request
 from dclip_qdrant.jobs.verdict import Verdict, judge
@@ -21,7 +22,7 @@ from dclip_qdrant.tables import storage
 from dclip_qdrant.tables.student_folder import RUN_FILE
 from dclip_qdrant.training.figures import RunFigures
 from dclip_qdrant.training.models import two_tower
-from dclip_qdrant.training.runs import Run
+from dclip_qdrant.training.run import Run
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +71,7 @@ def distill(request: Request) -> Distilled:
     # first: whatever can't be exported is said before the first minute of work, not after the last
     _export_base(experiment)
     cluster.connect()
-    experiment = experiment.taught()
+    experiment = taught(experiment)
     if experiment.split != "test":
         half = "half of val, the other half chooses alpha" if experiment.split == "val" else experiment.split
         logger.warning("no test split: the table is measured on %s", half)
@@ -78,7 +79,7 @@ def distill(request: Request) -> Distilled:
     def in_order(runs: list[Run]) -> dict[str, str]:
         return train_runs.run_in_order(runs, workers=request.workers, storage=experiment.ray_storage())
 
-    outcome = experiment.run(in_order)
+    outcome = conduct(experiment, in_order)
     experiment.progress.begin("export")
     result = _result(experiment, outcome)
     out = storage.as_path(request.out)

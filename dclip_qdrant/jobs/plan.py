@@ -12,8 +12,14 @@ from upath import UPath
 
 from dclip_qdrant.errors import GateError, UsageError
 from dclip_qdrant.jobs import cluster, probe
-from dclip_qdrant.jobs.experiment import Experiment, Prepared, wants_regions
+from dclip_qdrant.jobs.experiment import Experiment, wants_regions
 from dclip_qdrant.jobs.extract_regions import regions_stage
+from dclip_qdrant.jobs.named_runs import Prepared, student_run, teacher_run
+from dclip_qdrant.jobs.preparation import (
+    feature_request,
+    prepare_beside,
+    teacher_cache_stage,
+)
 from dclip_qdrant.jobs.request import Request
 from dclip_qdrant.pairs import Pairs
 from dclip_qdrant.progress import duration
@@ -180,16 +186,16 @@ class _Planner:
             cost = self._probed(boxes, probe.regions, self.sample, arguments | detector)
             steps.append(self._mapped("regions", cost))
         short = _short(main)
-        wanted = self.on_sample.feature_request(short, boxes)
+        wanted = feature_request(self.on_sample, short, boxes)
         features = wanted.stage
         cost = self._probed(features, probe.features, self.sample, arguments | wanted.arguments())
         steps.append(self._mapped("features", cost))
         prepared = Prepared(features)
         if main.teacher is not None:
-            run = self.on_sample.teacher_run(short, features)
+            run = teacher_run(self.on_sample, short, features)
             spent = _measured(probe.run, run.as_dict(), self._threads())
             steps.append(self._trained("teacher", spent, main.teacher.epochs, 0))
-            cache = self.on_sample.teacher_cache_stage(run)
+            cache = teacher_cache_stage(self.on_sample, run)
             taught = {"base": request.base, "teacher": str(run.stage.path)} | arguments
             cost = self._probed(cache, probe.teacher_cache, str(features.path), taught)
             steps.append(self._mapped("teacher cache", cost, main.train.views * self.train))
@@ -197,8 +203,8 @@ class _Planner:
         learning = 0
         for recipe in self.experiment.recipes:
             is_main = recipe.name == main.name
-            own = prepared if is_main else self.on_sample.prepare_beside(_short(recipe), prepared)
-            run = self.on_sample.student_run(_short(recipe), request.seeds[0], own)
+            own = prepared if is_main else prepare_beside(self.on_sample, _short(recipe), prepared)
+            run = student_run(self.on_sample, _short(recipe), request.seeds[0], own)
             spent = _measured(probe.run, run.as_dict(), self._threads())
             points = recipe.sweep_points
             step = self._trained(recipe.name, spent, recipe.train.epochs, points)

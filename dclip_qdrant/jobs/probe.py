@@ -29,7 +29,8 @@ from dclip_qdrant.training.data import Pictures, load_cache
 from dclip_qdrant.training.distributed import Comm
 from dclip_qdrant.training.evaluate import EvalSet
 from dclip_qdrant.training.models import two_tower
-from dclip_qdrant.training.runs import Run, Worker, needs
+from dclip_qdrant.training.run import Run, needs
+from dclip_qdrant.training.worker import Worker
 
 EPOCHS = 3  # of a run on the sample: the first one warms up
 DECODED = 32  # pictures

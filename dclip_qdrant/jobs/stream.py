@@ -10,7 +10,7 @@ from upath import UPath
 
 from dclip_qdrant.jobs.cluster import cpus, quiet_data_context
 from dclip_qdrant.training.checkpoint import Checkpoints
-from dclip_qdrant.training.runs import Run, needs
+from dclip_qdrant.training.run import Run, needs
 from dclip_qdrant.training.streaming import OpenStream, Order, Place, columns_for, pieces_of
 
 MOST_BLOCKS = 4096  # of a dataset; Ray keeps an account of each

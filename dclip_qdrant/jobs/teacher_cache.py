@@ -26,8 +26,8 @@ from dclip_qdrant.jobs.cluster import (
 from dclip_qdrant.tables import contracts, storage
 from dclip_qdrant.tables.stages import Stage, part_files, parts
 from dclip_qdrant.training.models import two_tower
-from dclip_qdrant.training.runs import load_teacher
 from dclip_qdrant.training.teacher_task import Spans, fuse
+from dclip_qdrant.training.worker import load_teacher
 
 logger = logging.getLogger(__name__)
 

@@ -14,8 +14,9 @@ from dclip_qdrant import errors
 from dclip_qdrant.errors import UsageError
 from dclip_qdrant.jobs.cluster import cpus, gpus, own_error
 from dclip_qdrant.tables.storage import as_path, write_text
-from dclip_qdrant.training.runs import Run, Worker
+from dclip_qdrant.training.run import Run
 from dclip_qdrant.training.streaming import OpenStream
+from dclip_qdrant.training.worker import Worker
 
 logger = logging.getLogger(__name__)
 

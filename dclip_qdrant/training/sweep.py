@@ -96,15 +96,17 @@ def _sweep_strengths(
         image_map = text_map = np.eye(model.dim, dtype=np.float32)
         if strength and powers is not None:
             image_map, text_map = (m.float().numpy() for m in hubness.maps(*powers, cfg.share, strength))
-        found = val_mean_r1 = zero_shot = retention = error = None
+        val_recall = val_mean_r1 = zero_shot = retention = error = None
         if trained.val is not None and val is not None:
             vectors = (metrics.normalise(val[0] @ image_map), metrics.normalise(val[1] @ text_map))
             figures = metrics.retrieval(metrics.ranks(*vectors, trained.val.owner), bootstrap=0)
-            found, val_mean_r1 = metrics.mean_recall(figures), figures["mean_r@1"]
+            val_recall, val_mean_r1 = metrics.mean_recall(figures), figures["mean_r@1"]
         if kept and classes is not None:
             right = kept.labelled.right_by(classes[0] @ image_map, classes[1] @ text_map)
             zero_shot, retention, error = kept.of_choosing(right)
-        points.append(SweepPoint(alpha, strength, found, val_mean_r1, zero_shot, retention, error, share))
+        points.append(
+            SweepPoint(alpha, strength, val_recall, val_mean_r1, zero_shot, retention, error, share)
+        )
     return points
 
 

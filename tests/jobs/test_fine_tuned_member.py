@@ -11,13 +11,15 @@ from model_folders import LIGHT, model_folder
 from dclip_qdrant.errors import RecipeError
 from dclip_qdrant.jobs import experiment as module
 from dclip_qdrant.jobs.comparison import same_budget
-from dclip_qdrant.jobs.experiment import Experiment, Prepared
+from dclip_qdrant.jobs.experiment import Experiment
 from dclip_qdrant.jobs.features import Featurise
+from dclip_qdrant.jobs.named_runs import Prepared, student_run
+from dclip_qdrant.jobs.preparation import prepare
 from dclip_qdrant.jobs.request import Request
 from dclip_qdrant.recipe import Recipe
 from dclip_qdrant.training.distributed import Comm
 from dclip_qdrant.training.models import two_tower
-from dclip_qdrant.training.runs import Worker
+from dclip_qdrant.training.worker import Worker
 
 
 def test_it_is_the_rivals_run_of_the_first_seed_as_a_model(tiny_base, pairs_folder, tmp_path, monkeypatch):
@@ -45,19 +47,19 @@ def test_it_is_the_rivals_run_of_the_first_seed_as_a_model(tiny_base, pairs_fold
 
     monkeypatch.setattr(module, "extract_features", features_in_this_process)
     monkeypatch.setattr(module.train_runs, "run_in_order", in_this_process)
-    prepared = experiment.prepare(joint)
+    prepared = prepare(experiment, joint)
     folder = prepared.fine_tuned
     assert folder is not None
     (run,) = done
     # the student's own features come from the same folder, and its weights are averaged in
-    own = experiment.student_run(joint, 3, prepared)
+    own = student_run(experiment, joint, 3, prepared)
     assert (own.fine_tuned, len(own.others)) == (folder, 2)
     assert own.inputs["recipe"]["keep"]["fine_tuned"] == [0.0, 0.5]
     assert "fine_tuned" not in run.inputs["recipe"]["keep"]
     assert run.fine_tuned is None
     rival = same_budget(Recipe.load("sft"), joint)
     # what `compare` with sft asks for: that row's run is done then
-    assert run.stage.path == experiment.student_run(rival, 3, Prepared(prepared.features)).stage.path
+    assert run.stage.path == student_run(experiment, rival, 3, Prepared(prepared.features)).stage.path
     assert (run.seed, run.recipe["train"]["epochs"]) == (3, 1)
     member = two_tower.load(folder).weights()
     trained = safetensors.torch.load((run.stage.path / "weights.safetensors").read_bytes())

@@ -21,7 +21,8 @@ from dclip_qdrant.training.data import TEXT_COLUMNS, Pictures, load_cache
 from dclip_qdrant.training.distributed import Comm
 from dclip_qdrant.training.models import two_tower
 from dclip_qdrant.training.models.bottom import Bottom
-from dclip_qdrant.training.runs import Run, Worker
+from dclip_qdrant.training.run import Run
+from dclip_qdrant.training.worker import Worker
 
 SETTINGS = (
     "train.epochs=2",
@@ -154,10 +155,10 @@ def test_the_sweep_measures_the_weights_that_would_be_written(run, labelled_fold
     ]
     assert points[2].val != points[3].val  # the strength did something
     assert points[2].val != points[6].val  # and so did the share
-    kept = worker._kept_of_base(swept, trained)
+    kept = worker.measures.kept_of_base(swept, trained)
     labelled, base = kept.labelled, kept.right_of_base[kept.labelled.choosing]
     for point in points:
-        trained.place(point, worker._telling_hubs(swept, trained))
+        trained.place(point, worker.measures.telling_hubs(swept, trained))
         figures = metrics.retrieval(trained.val.ranks(trained.model), bootstrap=0)
         assert point.val == pytest.approx(metrics.mean_recall(figures), abs=1e-6)
         assert point.val_mean_r1 == pytest.approx(figures["mean_r@1"], abs=1e-6)

@@ -98,11 +98,11 @@ def test_recipes_that_no_joint_target_serves_are_refused(setting, why):
 
 
 def test_without_val_the_middle_weight_is_taken_aloud(monkeypatch):
-    from dclip_qdrant.training import runs
+    from dclip_qdrant.training import worker as module
 
-    monkeypatch.setattr(runs.Pairs, "open", lambda path: SimpleNamespace(splits=lambda: {"train": 9}))
+    monkeypatch.setattr(module.Pairs, "open", lambda path: SimpleNamespace(splits=lambda: {"train": 9}))
     lines = []
-    worker = runs.Worker.__new__(runs.Worker)
+    worker = module.Worker.__new__(module.Worker)
     recipe = Recipe.load("joint", ["ensemble.weights=[0.3, 0.6, 0.9]"])
     assert worker._joint_weight(SimpleNamespace(pairs="p"), recipe, lines.append) == 0.6
     assert "no val split" in lines[0]

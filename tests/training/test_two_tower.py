@@ -1,5 +1,7 @@
 """What learns, layers, LoRA, interpolation, and the same numbers as stock open_clip."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import open_clip
 import pytest
@@ -44,6 +46,16 @@ def test_preprocessing_is_torchvisions(size, mode, rng):
     ours = Preprocess(size=32, resize_mode=mode)
     got = ours.normalise(ours.pixels(picture)[None])[0]
     np.testing.assert_allclose(got, image_transform_v2(cfg, is_train=False)(picture).numpy(), atol=1e-5)
+
+
+def test_texts_are_padded_as_the_tokenizer_pads_them(model):
+    assert model.pad_id == 0  # CLIP's own
+    ids = model.tokenizer(["a red star"])[0]
+    assert ids[-1] == model.pad_id
+    model.tokenizer = SimpleNamespace(tokenizer=SimpleNamespace(pad_token_id=1))  # SigLIP's, in open_clip's
+    assert model.pad_id == 1
+    model.tokenizer = SimpleNamespace(tokenizer=SimpleNamespace(pad_token_id=None))
+    assert model.pad_id == 0
 
 
 def test_attn_proj_is_dclips_set(model):

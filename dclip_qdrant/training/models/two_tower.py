@@ -197,8 +197,11 @@ class TwoTower(nn.Module):
     @property
     def pad_id(self) -> int:
         """The token that stands behind a text that is shorter than others of its batch."""
-        config: Any = getattr(self._text, "config", None)
-        return int(config.pad_token_id or 0) if isinstance(self._text, HFTextEncoder) else 0
+        if isinstance(self._text, HFTextEncoder):  # what it reads under a mask
+            config: Any = self._text.config
+            return int(config.pad_token_id or 0)
+        inner = getattr(self.tokenizer, "tokenizer", None)  # Hugging Face's inside open_clip's; CLIP's own: 0
+        return int(getattr(inner, "pad_token_id", None) or 0)
 
     @property
     def vocabulary_size(self) -> int:

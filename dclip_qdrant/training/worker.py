@@ -1,11 +1,10 @@
-"""Runs: a base model's figures, a teacher, a student. Each takes a `Run`, writes its stage folder and can be
+"""Does runs: a base model's figures, a teacher, a student. Each writes its stage folder and can be
 killed at any moment."""
 
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 import safetensors.torch
@@ -18,22 +17,23 @@ from dclip_qdrant.errors import InputError
 from dclip_qdrant.pairs import Pairs
 from dclip_qdrant.recipe import Recipe, TeacherSettings
 from dclip_qdrant.tables import storage
-from dclip_qdrant.tables.stages import Stage
 from dclip_qdrant.training import fitted_start, joint_target, rotation, sweep
 from dclip_qdrant.training.checkpoint import Checkpoints
 from dclip_qdrant.training.choice import choose_alpha, in_doubt
 from dclip_qdrant.training.data import REGION_COLUMNS, TEXT_COLUMNS, Cache, Pictures, load_cache
 from dclip_qdrant.training.distributed import Comm
-from dclip_qdrant.training.evaluate import EvalSet, LabelledSet, spread
+from dclip_qdrant.training.evaluate import LabelledSet, spread
 from dclip_qdrant.training.figures import Figures, RunFigures, SweepPoint, save_ranks
 from dclip_qdrant.training.loop import Log, fit
+from dclip_qdrant.training.measuring import Measures
 from dclip_qdrant.training.models import two_tower
 from dclip_qdrant.training.models.region_teacher import RegionTeacher
 from dclip_qdrant.training.node_cache import NodeCaches
 from dclip_qdrant.training.reading import InMemory, Reader, Rows
+from dclip_qdrant.training.run import Run, needs
 from dclip_qdrant.training.streaming import OpenStream, Streamed, first_rows
 from dclip_qdrant.training.student_batch import KeptPictures, Uncaptioned
-from dclip_qdrant.training.student_task import StudentTask, reads_regions
+from dclip_qdrant.training.student_task import StudentTask
 from dclip_qdrant.training.sweep import Trained
 from dclip_qdrant.training.teacher_task import TeacherTask, fuse
 from dclip_qdrant.training.trackers import Report
@@ -41,46 +41,6 @@ from dclip_qdrant.training.trackers import Report
 # of a streamed run, where not all pictures of train are in memory
 PHRASES_FROM = 20_000  # pictures whose captions phrases are taken from
 TURNED_ON = 20_000  # pictures that the rotation for an index is learned on
-
-
-@dataclass(frozen=True)
-class Run:
-    """Plain values alone: it travels to workers as it is."""
-
-    kind: str  # base | teacher_model | teacher | student
-    root: str  # where the stage folder goes
-    inputs: dict[str, Any]  # what names it
-    recipe: dict[str, Any]
-    seed: int
-    base: str  # the teacher's model
-    student: str
-    pairs: str
-    features: str
-    teacher: str | None = None  # teacher cache
-    others: tuple[str, ...] = ()  # features of the recipe's further teachers, or "base"
-    fine_tuned: str | None = None  # folder of the student after plain fine-tuning, where it is averaged in
-    # the model that retention is measured against; None: the student as it starts
-    reference: str | None = None
-    pictures: str | None = None  # pairs without captions
-    picture_features: str | None = None  # of them
-    labelled: str | None = None
-    min_retention: float = 1.0
-    split: str = "test"
-    tracker: str | None = None  # a service that metrics go to (training/trackers)
-    streams: bool = False  # reads its batches as a stream instead of holding the split in memory
-
-    @property
-    def stage(self) -> Stage:
-        return Stage(self.root, self.kind, self.inputs)
-
-    @property
-    def label(self) -> str:
-        if self.kind in ("base", "teacher_model"):
-            return self.kind.replace("_", "'s ")
-        return f"{self.kind} {self.recipe['name']} seed {self.seed}"
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 class Worker:
@@ -95,11 +55,9 @@ class Worker:
         self._open_stream = open_stream
         self.device = device
         self.log = log
-        self._eval_sets: dict[tuple[str, str, str, int | None, int | None], EvalSet] = {}
-        self._labelled_sets: dict[str, LabelledSet] = {}
+        self.measures = Measures(device)
         self._node_caches = NodeCaches()
         self._kept = KeptPictures()
-        self._base_right: dict[tuple[str, str], np.ndarray] = {}
 
     def do(self, run: Run) -> None:
         """Does the run unless it is done. All ranks must call it."""
@@ -118,15 +76,6 @@ class Worker:
         do[run.kind](run, lambda line: self.log(f"{run.label}: {line}"))
         self.comm.barrier()
 
-    def _eval_set(self, run: Run, split: str, most: int | None = None, half: int | None = None) -> EvalSet:
-        key = (run.pairs, run.features, split, most, half)
-        if key not in self._eval_sets:
-            pairs = Pairs.open(run.pairs)
-            self._eval_sets[key] = EvalSet(
-                pairs, split, UPath(run.features), self.device, most=most, half=half
-            )
-        return self._eval_sets[key]
-
     @property
     def _cache(self) -> Callable[..., Cache]:
         """What reads cached vectors: into this process, or once a node where there are several ranks."""
@@ -141,52 +90,21 @@ class Worker:
         """Removes the files that this process mapped."""
         self._node_caches.remove()
 
-    def _choosing(self, run: Run) -> EvalSet:
-        """What chooses alpha and strengths: val, or the half of it that the table isn't measured on."""
-        return self._eval_set(run, "val", half=0 if run.split == "val" else None)
-
-    def _reported(self, run: Run) -> EvalSet:
-        """What the table is measured on; where there is no test split, the half of val that chose nothing."""
-        return self._eval_set(run, run.split, half=1 if run.split == "val" else None)
-
-    def _labelled(self, run: Run) -> LabelledSet | None:
-        if run.labelled is None:
-            return None
-        if run.labelled not in self._labelled_sets:
-            self._labelled_sets[run.labelled] = LabelledSet(run.labelled, self.device)
-        return self._labelled_sets[run.labelled]
-
-    def _kept_of_base(self, run: Run, trained: Trained) -> sweep.Kept | None:
-        """Which labelled pictures the reference gets right, or the weights that every run of this model
-        starts from; measured once."""
-        labelled = self._labelled(run)
-        if labelled is None:
-            return None
-        key = (run.labelled or "", run.reference or run.student)
-        if key not in self._base_right:
-            model = trained.model
-            if run.reference:
-                model = two_tower.load(run.reference).to(self.device)
-            else:
-                model.load_weights(trained.start)
-            self._base_right[key] = labelled.right(model)
-        return sweep.Kept(labelled, self._base_right[key])
-
     def _base(self, run: Run, log: Log) -> None:
         if self.comm.rank:
             return
         model = two_tower.load(run.reference or run.student).to(self.device)
-        labelled = self._labelled(run)
+        labelled = self.measures.labelled(run)
         accuracy = float(labelled.right(model)[labelled.reported].mean()) if labelled else None
         # cached trunk features are the student's
-        ranks = self._reported(run).ranks(model, cached_trunks=run.reference is None)
+        ranks = self.measures.reported(run).ranks(model, cached_trunks=run.reference is None)
         self._finish_untrained(run, ranks, accuracy, 1.0 if labelled else None, log)
 
     def _teacher_model(self, run: Run, log: Log) -> None:
         """What the model that teaches is worth by itself, where it isn't the student's own."""
         if self.comm.rank:
             return
-        ranks = self._reported(run).teacher_ranks()
+        ranks = self.measures.reported(run).teacher_ranks()
         accuracy = None
         if run.labelled is not None:
             model = two_tower.load(run.base).to(self.device)
@@ -199,7 +117,7 @@ class Worker:
     ) -> None:
         save_ranks(run.stage.path, "chosen", ranks)
         figures = Figures(metrics.retrieval(ranks), zero_shot, retention)
-        labelled = self._labelled(run)
+        labelled = self.measures.labelled(run)
         n_labelled = len(labelled.reported) if labelled else 0
         run.stage.finish(metrics=RunFigures(run.label, figures, n_labelled=n_labelled).as_dict())
         log(_line(figures))
@@ -288,12 +206,12 @@ class Worker:
         as_trained = None
         if best.alpha != 1.0 or best.fine_tuned:
             end = replace(best, alpha=1.0, fine_tuned=0.0)
-            as_trained, _ = self._measure(run, trained, end, "as_trained")
+            as_trained, _ = self.measures.measure(run, trained, end, "as_trained")
         # the chosen weights are measured last: the model then holds what is written
-        chosen, text_map = self._measure(run, trained, best, "chosen")
+        chosen, text_map = self.measures.measure(run, trained, best, "chosen")
         turned = self._turn_for_index(run, trained, text_map, log)
         _save_tensors(run.stage.path / "weights.safetensors", trained.model.weights())
-        labelled = self._labelled(run)
+        labelled = self.measures.labelled(run)
         figures = RunFigures(
             name=trained.recipe.name,
             chosen=chosen,
@@ -355,7 +273,7 @@ class Worker:
             ]
             frozen = f", trunks that are frozen and cached: {', '.join(resting)}" if resting else ""
             log(f"{learning:,} parameters learn{frozen}")
-        val = self._choosing(run) if pairs.splits().get("val") else None
+        val = self.measures.choosing(run) if pairs.splits().get("val") else None
 
         def after_epoch(epoch: int) -> dict[str, float]:
             if val is None or not task.resting.image:
@@ -452,7 +370,7 @@ class Worker:
             log(f"no val split: further teachers get the middle weight, {candidates[len(candidates) // 2]:g}")
             return candidates[len(candidates) // 2]
         features = [run.features, *(run.features if o == "base" else o for o in run.others)]
-        sets = [self._choosing(replace(run, features=of_teacher)) for of_teacher in features]
+        sets = [self.measures.choosing(replace(run, features=of_teacher)) for of_teacher in features]
         members = [joint_target.Member(s.cache.image, s.cache.texts) for s in sets if s.cache is not None]
         weight, found = joint_target.choose_weight(members, candidates, sets[0].owner)
         tried = ", ".join(f"{c:g}: {f:.3f}" for c, f in zip(candidates, found, strict=True))
@@ -478,25 +396,8 @@ class Worker:
 
     def _sweep(self, run: Run, trained: Trained) -> list[SweepPoint]:
         # first: it puts the starting weights into the model
-        kept = self._kept_of_base(run, trained)
-        return sweep.sweep(trained, kept, self._telling_hubs(run, trained), self.comm)
-
-    def _measure(
-        self, run: Run, trained: Trained, point: SweepPoint, name: str
-    ) -> tuple[Figures, np.ndarray | None]:
-        """Puts a point's weights into the model and measures them on the split of the table; the text side's
-        map."""
-        text_map = trained.place(point, self._telling_hubs(run, trained))
-        ranks = self._reported(run).ranks(trained.model, cached_text=trained.cached_text, text_map=text_map)
-        save_ranks(run.stage.path, name, ranks)
-        retrieval = metrics.retrieval(ranks)
-        kept = self._kept_of_base(run, trained)
-        if kept is None:
-            return Figures(retrieval), text_map
-        rights = (kept.labelled.right(trained.model), kept.right_of_base)
-        own, base = (right[kept.labelled.reported] for right in rights)
-        interval = list(metrics.ratio_interval(base, own))
-        return Figures(retrieval, float(own.mean()), sweep.ratio(own, base), interval), text_map
+        kept = self.measures.kept_of_base(run, trained)
+        return sweep.sweep(trained, kept, self.measures.telling_hubs(run, trained), self.comm)
 
     def _turn_for_index(
         self, run: Run, trained: Trained, text_map: np.ndarray | None, log: Log
@@ -505,29 +406,17 @@ class Worker:
         cfg = trained.recipe.index
         if not cfg.objectives:
             return None
-        train = self._eval_set(run, "train", TURNED_ON if run.streams else None)
+        train = self.measures.eval_set(run, "train", TURNED_ON if run.streams else None)
         image, text = train.vectors(trained.model, cached_text=trained.cached_text, text_map=text_map)
         turn, figures = rotation.learn(image, text, train.owner, cfg, seed=run.seed)
         trained.model.map_outputs(turn.to(self.device), turn.to(self.device))
         log("rotated for the index, loss {loss_before:.4f} -> {loss_after:.4f}".format(**figures))
         return figures
 
-    def _telling_hubs(self, run: Run, trained: Trained) -> EvalSet | None:
-        """Training pictures and captions, which tell where the power lies."""
-        cfg = trained.recipe.hubness
-        return self._eval_set(run, "train", cfg.pictures) if cfg.on else None
-
 
 def _of_student(recipe: Recipe, cache: Cache) -> Cache:
     """What the student's model says before it learns, among a joint recipe's further teachers."""
     return cache.others[recipe.ensemble.models.index("student")]
-
-
-def needs(run: Run) -> tuple[str, ...]:
-    """The columns of the features that a run trains from, beside those of its views."""
-    if run.kind == "teacher":
-        return ("regions", "texts")
-    return (*TEXT_COLUMNS, *REGION_COLUMNS) if reads_regions(Recipe(**run.recipe)) else TEXT_COLUMNS
 
 
 def load_teacher(stage: UPath) -> RegionTeacher:

@@ -9,7 +9,7 @@ import torch
 from model_folders import LIGHT, model_folder
 
 from dclip_qdrant.errors import RecipeError
-from dclip_qdrant.jobs import experiment as module
+from dclip_qdrant.jobs import preparation as module
 from dclip_qdrant.jobs.comparison import same_budget
 from dclip_qdrant.jobs.experiment import Experiment
 from dclip_qdrant.jobs.features import Featurise

@@ -77,6 +77,8 @@ def main() -> None:
     none = [str(run) for run, found in zip(args.runs, jobs, strict=True) if not found]
     if none:
         sys.exit(f"{', '.join(none)}: no {args.recipe} and {args.rival} of one seed in table.json")
+    if len({student.shape for found in jobs for student in found.values()}) > 1:
+        sys.exit("the jobs have other numbers of test pictures; all must have the same ones")
     print(f"{'mean R@1':<28} {args.recipe:>5} {args.rival:>5}  {args.recipe} minus {args.rival}")
     for run, found in zip(args.runs, jobs, strict=True):
         for seed, (own, other) in found.items():

@@ -15,11 +15,7 @@ from dclip_qdrant.jobs import cluster, probe
 from dclip_qdrant.jobs.experiment import Experiment, wants_regions
 from dclip_qdrant.jobs.extract_regions import regions_stage
 from dclip_qdrant.jobs.named_runs import Prepared, student_run, teacher_run
-from dclip_qdrant.jobs.preparation import (
-    feature_request,
-    prepare_beside,
-    teacher_cache_stage,
-)
+from dclip_qdrant.jobs.preparation import feature_request, prepare_beside, teacher_cache_stage
 from dclip_qdrant.jobs.request import Request
 from dclip_qdrant.pairs import Pairs
 from dclip_qdrant.progress import duration

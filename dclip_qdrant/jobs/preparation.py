@@ -117,10 +117,9 @@ def _features_of_other(experiment: Experiment, recipe: Recipe, model: str, folde
         pairs=experiment.pairs,
         recipe=recipe.model_copy(update={"teacher": None}),
         base=folder,
-        base_fingerprint="",
+        base_fingerprint=two_tower.load(folder).fingerprint,
         seed=experiment.request.seeds[0],
     )
-    request = replace(request, base_fingerprint=two_tower.load(request.base).fingerprint)
     if model == "student" and recipe.student.start == "fitted":  # below its projections too
         request = replace(
             request,

@@ -4,13 +4,12 @@ fine-tuning, by the figures that `dclip-qdrant recipes show` tells.
 
     python benchmarks/gain.py RUN [RUN ...] -o docs/gain.png [--figures --suite NAME]
 
-RUN: the --out of a job. All must have the same test pictures; seeds of a recipe are averaged. `--figures`:
-first puts the runs' main recipes among those figures, under the name of `--suite`.
+RUN: the --out of a job. All must have the same test pictures; seeds of a recipe are averaged over all jobs.
+`--figures`: first puts the runs' main recipes among those figures, under the name of `--suite`.
 """
 
 import argparse
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,10 @@ from typing import Any
 import matplotlib
 import numpy as np
 import safetensors
+from finished_jobs import stages_of, table_of
 
 from dclip_qdrant import metrics
+from dclip_qdrant.jobs.comparison import difference
 from dclip_qdrant.jobs.suite_report import put_figures
 from dclip_qdrant.recipe import HERE
 from dclip_qdrant.training.figures import load_ranks
@@ -31,7 +32,7 @@ from matplotlib.axes import Axes
 FIGURES = HERE / "figures.json"
 LARGE_TEACHER = "A large teacher"  # the group of figures that come from such runs
 
-COLOURS = {"teacher's model": "#777777", "base": "#444444", "sft": "#c46a1b"}
+COLOURS = {"teacher_model": "#777777", "base": "#444444", "sft": "#c46a1b"}
 OURS = "#1f6fb4"
 
 
@@ -75,45 +76,56 @@ def interval(stages: list[Path], kind: str, *, draws: int = 2000) -> tuple[int, 
     return len(every), mean(every), float(np.percentile(drawn, 2.5)), float(np.percentile(drawn, 97.5))
 
 
-def points_of(run: Path) -> list[Point]:
-    table = json.loads((run / "table.json").read_text())
-    stages: dict[str, list[Path]] = {}
-    for label, folder in table["runs"].items():
-        name = re.sub(r"^student (.*) seed \d+$", r"\1", label)
-        stages.setdefault(name, []).append(Path(folder))
-    out = []
-    for kind, title in (("base", "base"), ("teacher_model", "teacher's model")):
-        for stage in (run / "stages").glob(f"{kind}-*/manifest.json"):
-            stages.setdefault(title, []).append(stage.parent)
-    for name, folders in stages.items():
-        if name == "base":
-            weights = run / "base" / "open_clip_model.safetensors"
-        elif name == "teacher's model":
-            weights = next((run / "stages").glob("teacher-model-*/open_clip_model.safetensors"))
-        else:
-            weights = folders[0] / "weights.safetensors"
-        out.append(Point(name, parameters_of(weights), *interval(folders, "chosen")))
+def stages_of_all(runs: list[Path]) -> dict[str, list[tuple[Path, Path]]]:
+    """By the name of what was measured: (its stage, the weights file) of each of its runs, over all jobs."""
+    out: dict[str, list[tuple[Path, Path]]] = {}
+    for run in runs:
+        weights = {"base": run / "base" / "open_clip_model.safetensors"}
+        weights["teacher_model"] = next(
+            (run / "stages").glob("teacher-model-*/open_clip_model.safetensors"), weights["base"]
+        )
+        for kind in weights:
+            for manifest in (run / "stages").glob(f"{kind}-*/manifest.json"):
+                out.setdefault(kind, []).append((manifest.parent, weights[kind]))
+        for name, seeds in stages_of(run).items():
+            out.setdefault(name, []).extend((s, s / "weights.safetensors") for s in seeds.values())
     return out
 
 
-def figures_of(run: Path, suite: str) -> dict[str, Any]:
-    """A job's main recipe, as `dclip_qdrant/recipes/figures.json` has it."""
-    table = json.loads((run / "table.json").read_text())
-    row = table["rows"][-1]  # the main recipe's is the last
-    stages = [Path(folder) for label, folder in table["runs"].items() if f" {row['name']} seed" in label]
-    seconds = [json.loads((s / "manifest.json").read_text())["metrics"]["seconds"] for s in stages]
+def points_of(runs: list[Path]) -> list[Point]:
+    """A point a model, its runs averaged; a recipe's students of unlike sizes are models of their own."""
+    sized: dict[tuple[str, int], list[Path]] = {}
+    for name, stages in stages_of_all(runs).items():
+        for stage, weights in stages:
+            sized.setdefault((name, parameters_of(weights)), []).append(stage)
+    return [Point(name, size, *interval(stages, "chosen")) for (name, size), stages in sized.items()]
+
+
+def recalls(stages: list[Path], kind: str = "chosen") -> np.ndarray:
+    """Mean R@1 of both directions of each run and picture [S, N]."""
+    there = [kind if (stage / f"ranks-{kind}.npz").exists() else "chosen" for stage in stages]
+    return np.array([metrics.mean_r1(load_ranks(s, k)) for s, k in zip(stages, there, strict=True)])
+
+
+def figures_of(recipe: str, runs: list[Path], suite: str) -> dict[str, Any]:
+    """What the jobs whose main recipe it is measured of it together, as `dclip_qdrant/recipes/figures.json`
+    has it."""
+    stages = {name: [stage for stage, _ in rows] for name, rows in stages_of_all(runs).items()}
+    own = stages[recipe]
+    found = [json.loads((stage / "manifest.json").read_text())["metrics"] for stage in own]
+    against = {"base": recalls(stages["base"][:1])}
+    if "sft" in stages:
+        against |= {"sft": recalls(stages["sft"], "as_trained"), "sft+wise_ft": recalls(stages["sft"])}
+    differences = [difference(recipe, recalls(own), than, other) for than, other in against.items()]
     return {
-        "recipe": row["name"],
+        "recipe": recipe,
         "suite": suite,
         "group": LARGE_TEACHER,
-        "seeds": row["seeds"],
-        "mean_r@1": row["mean_r@1"],
-        "retention": row["retention"],
-        "seconds": round(float(np.mean(seconds)), 1),
-        "differences": [
-            {key: difference[key] for key in ("than", "difference", "ci")}
-            for difference in table["comparisons"]
-        ],
+        "seeds": len(own),
+        "mean_r@1": float(np.mean([m["chosen"]["test"]["mean_r@1"] for m in found])),
+        "retention": float(np.mean([m["chosen"]["retention"] for m in found])),
+        "seconds": round(float(np.mean([m["seconds"] for m in found])), 1),
+        "differences": [{"than": d.than, "difference": d.difference, "ci": d.ci} for d in differences],
     }
 
 
@@ -137,7 +149,7 @@ def draw_models(axes: Axes, points: list[Point]) -> None:
         colour = COLOURS.get(p.name, OURS)
         error = [[p.recall - p.low], [p.high - p.recall]]
         axes.errorbar(p.parameters / 1e6, p.recall, error, fmt="o", ms=7, capsize=3, color=colour)
-        label = {"sft": "plain fine-tuning", "teacher's model": "large teacher"}.get(p.name, p.name)
+        label = {"sft": "plain fine-tuning", "teacher_model": "large teacher"}.get(p.name, p.name)
         left = p.name == "sft"  # the teacher stands at its right
         axes.annotate(
             f"{label}  {p.recall:.1f}",
@@ -179,8 +191,13 @@ def main() -> None:
     parser.add_argument("--figures", action="store_true", help=f"put the runs' recipes into {FIGURES.name}")
     args = parser.parse_args()
     if args.figures:
-        put_figures([figures_of(run, args.suite) for run in args.runs], FIGURES)
-    points = sorted({p for run in args.runs for p in points_of(run)}, key=lambda p: p.recall)
+        jobs: dict[str, list[Path]] = {}
+        for run in args.runs:
+            jobs.setdefault(table_of(run)["rows"][-1]["name"], []).append(
+                run
+            )  # the main recipe's is the last
+        put_figures([figures_of(recipe, own, args.suite) for recipe, own in jobs.items()], FIGURES)
+    points = sorted(points_of(args.runs), key=lambda p: p.recall)
     for p in points:
         print(f"{p.name:<18} {p.parameters / 1e6:6.1f} M  {p.recall:5.1f} [{p.low:.1f}, {p.high:.1f}]")
     figure, (left, right) = plt.subplots(1, 2, figsize=(12.5, 4.8), layout="constrained")

@@ -5,21 +5,18 @@ sure that is when jobs are repeated from nothing.
 
 RUN: the --out of a job; all must have the same test pictures. Seeds of one job share its teacher and its
 drawn views, and count as one each in "all students"; "jobs alike" gives every job the same weight. Intervals
-of 95% draw the pictures again; "and students" draws these again too (of few students it still says too
-little).
+of 95% are over pictures, and over the students (or jobs) too where the line says so.
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 import numpy as np
+from finished_jobs import stages_of
 
 from dclip_qdrant import metrics
 from dclip_qdrant.training.figures import load_ranks
-
-DRAWS = 4000
 
 
 def recalls(stage: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -31,40 +28,27 @@ def recalls(stage: Path) -> tuple[np.ndarray, np.ndarray]:
     return metrics.mean_r1(ranks), at_all
 
 
-def students(run: Path, recipe: str, rival: str) -> dict[str, np.ndarray]:
+def students(run: Path, recipe: str, rival: str) -> dict[int, np.ndarray]:
     """By seed: the recipe's and the rival's recalls of each picture, [2 models, 2 recalls, N]."""
-    table = run / "table.json"
-    if not table.exists():
-        sys.exit(f"{run}: no table.json; name the --out of a finished job of distill")
-    runs = json.loads(table.read_text())["runs"]
-    out = {}
-    for label, folder in runs.items():
-        name, _, seed = label.removeprefix("student ").partition(" seed ")
-        other = f"student {rival} seed {seed}"
-        if name == recipe and other in runs:
-            out[seed] = np.array([recalls(Path(folder)), recalls(Path(runs[other]))])
-    return out
+    stages = stages_of(run)
+    own, other = stages.get(recipe, {}), stages.get(rival, {})
+    return {seed: np.array([recalls(own[seed]), recalls(other[seed])]) for seed in own if seed in other}
 
 
 def line(name: str, own: np.ndarray, other: np.ndarray) -> str:
-    """Points of a difference of recalls [N] of the same pictures."""
+    """Points of a difference of recalls of the same pictures, [N] or [S, N] of several students."""
     found = metrics.paired_difference(other, own)
     low, high = found["ci"]
     figures = f"{100 * own.mean():5.1f} {100 * other.mean():5.1f}"
     return f"{name:<28} {figures}  {100 * found['difference']:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
 
 
-def students_drawn_again(differences: np.ndarray) -> tuple[float, float]:
-    """Differences of students and pictures [S, N] -> the 95% interval of their mean when both are drawn
-    again."""
-    rng = np.random.default_rng(0)
-    many, pictures = differences.shape
-    drawn = [
-        differences[rng.integers(many, size=many)][:, rng.integers(pictures, size=pictures)].mean()
-        for _ in range(DRAWS)
-    ]
-    low, high = np.percentile(drawn, [2.5, 97.5])
-    return float(low), float(high)
+def print_together(name: str, rows: np.ndarray) -> None:
+    """Recalls [S, 2 models, 2 recalls, N] of students, or of jobs with their students averaged."""
+    own, other = rows[:, 0], rows[:, 1]
+    print(line(name, own.mean(0)[0], other.mean(0)[0]))
+    print(line("  interval over these too", own[:, 0], other[:, 0]))
+    print(line("  mean of R@1, 5 and 10", own.mean(0)[1], other.mean(0)[1]))
 
 
 def main() -> None:
@@ -84,13 +68,10 @@ def main() -> None:
         for seed, (own, other) in found.items():
             print(line(f"{run.name} seed {seed}", own[0], other[0]))
     every = np.array([student for found in jobs for student in found.values()])  # [S, 2, 2, N]
-    own, other = every.mean(0)
-    print(line(f"all {len(every)} students", own[0], other[0]))
-    low, high = students_drawn_again(every[:, 0, 0] - every[:, 1, 0])
-    print(f"{'  pictures and students':<28} {'':11}       [{100 * low:+.1f}, {100 * high:+.1f}]")
-    alike = np.mean([np.mean(list(found.values()), axis=0) for found in jobs], axis=0)
-    print(line("jobs alike", alike[0, 0], alike[1, 0]))
-    print(line("all, mean of R@1, 5 and 10", own[1], other[1]))
+    alike = np.array([np.mean(list(found.values()), axis=0) for found in jobs])  # [jobs, 2, 2, N]
+    print_together(f"all {len(every)} students", every)
+    if len(jobs) > 1:
+        print_together("jobs alike", alike)
 
 
 if __name__ == "__main__":

@@ -149,12 +149,29 @@ def mean_r1(r: Ranks) -> np.ndarray:
 def paired_difference(
     a: np.ndarray, b: np.ndarray, *, bootstrap: int = 2000, seed: int = 0
 ) -> dict[str, Any]:
-    """b minus a, scores [N] of the same pictures (`mean_r1`, averaged over seeds where there are several),
-    with its 95% paired-bootstrap interval."""
-    d = b - a
+    """b minus a, scores of the same pictures (`mean_r1`), with its 95% paired-bootstrap interval: [N], or
+    [S, N] of S models that differ by their seed.
+
+    Pictures are drawn again, and so are seeds where there are several: one fewer than there are, which makes
+    the variance of a mean of few right (Rao & Wu 1988, Resampling Inference With Complex Survey Data). As
+    many on both sides are the same seeds, and drawn together.
+    """
+    a, b = np.atleast_2d(a), np.atleast_2d(b)
+    pictures = a.shape[1]
     rng = np.random.default_rng(seed)
-    drawn = np.array([d[rng.integers(0, len(d), len(d))].mean() for _ in range(bootstrap)])
-    return {"difference": float(d.mean()), "ci": [float(v) for v in np.percentile(drawn, [2.5, 97.5])]}
+
+    def seeds_of(scores: np.ndarray) -> np.ndarray:
+        count = len(scores)
+        return rng.integers(0, count, count - 1) if count > 1 else np.zeros(1, int)
+
+    drawn = []
+    for _ in range(bootstrap):
+        take = rng.integers(0, pictures, pictures)
+        of_b = seeds_of(b)
+        of_a = of_b if len(a) == len(b) else seeds_of(a)
+        drawn.append(b[of_b][:, take].mean() - a[of_a][:, take].mean())
+    low, high = np.percentile(drawn, [2.5, 97.5])
+    return {"difference": float(b.mean() - a.mean()), "ci": [float(low), float(high)]}
 
 
 def pictures_needed(difference: np.ndarray) -> int | None:

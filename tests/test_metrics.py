@@ -88,6 +88,22 @@ def test_paired_difference_is_zero_against_itself_and_finds_a_gain(rng):
     assert metrics.paired_difference(worse, better)["ci"][0] > 0
 
 
+def test_seeds_are_drawn_too():
+    level, ahead = np.zeros((2, 50)), np.stack([np.zeros(50), np.ones(50)])
+    one = metrics.paired_difference(level[0], ahead[0])
+    assert (one["difference"], one["ci"]) == (0.0, [0.0, 0.0])
+    # of two seeds one is drawn: all or nothing, whatever the pictures
+    assert metrics.paired_difference(level, ahead) == {"difference": 0.5, "ci": [0.0, 1.0]}
+    assert metrics.paired_difference(level[:1], ahead) == {"difference": 0.5, "ci": [0.0, 1.0]}
+    # the same seeds stand in the same rows: what both have of a good seed is no difference
+    assert metrics.paired_difference(ahead, ahead + 0.25) == {"difference": 0.25, "ci": [0.25, 0.25]}
+    # of three seeds two: each of 0, 1, 2 twice in a ninth of all draws, so that both ends are seen
+    three = np.repeat([[0.0], [1.0], [2.0]], 50, axis=1)
+    assert metrics.paired_difference(level[0], three)["ci"] == [0.0, 2.0]
+    # two sides of unlike counts are drawn each by itself
+    assert metrics.paired_difference(ahead, three)["ci"] == [-1.0, 2.0]
+
+
 def test_nan_is_refused():
     bad = np.full((2, 2), np.nan, np.float32)
     with pytest.raises(ValueError, match="NaN"):

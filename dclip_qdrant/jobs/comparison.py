@@ -55,10 +55,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Difference:
-    """`of` minus `than`: mean R@1 of both directions, paired over pictures, with its 95% interval.
+    """`of` minus `than`: mean R@1 of both directions, paired over pictures, with its 95% interval over
+    pictures and, where there are several, seeds.
 
     n: the pictures. needed: how many it would take for an interval that leaves 0 out, if the difference
-    stays what it is (None: there is no difference).
+    stays what it is and seeds made none (None: there is no difference). seeds: of `of`.
     """
 
     of: str
@@ -67,6 +68,7 @@ class Difference:
     ci: list[float]
     n: int = 0
     needed: int | None = None
+    seeds: int = 1
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -176,26 +178,26 @@ def row(name: str, seeds: list[Figures], alphas: list[float] | None = None) -> R
 
 
 def scores(runs: list[Run], name: str = "chosen") -> np.ndarray:
-    """Mean R@1 of each picture [N], averaged over the runs (seeds); `as_trained` are the weights before
-    WiSE-FT, which are the chosen ones where alpha came out as 1."""
+    """Mean R@1 of each run (seed) and picture [S, N]; `as_trained` are the weights before WiSE-FT, which are
+    the chosen ones where alpha came out as 1."""
     each = []
     for run in runs:
         there = (run.stage.path / f"ranks-{name}.npz").exists()
         each.append(metrics.mean_r1(load_ranks(run.stage.path, name if there else "chosen")))
-    return np.mean(each, axis=0)
+    return np.array(each)
 
 
 def difference(of: str, own: np.ndarray, than: str, other: np.ndarray) -> Difference:
-    """own [N] minus other [N], scores of the same pictures."""
+    """own [S, N] minus other [S', N], scores of the same pictures by seed."""
     paired = metrics.paired_difference(other, own)
-    needed = metrics.pictures_needed(own - other)
-    return Difference(of, than, paired["difference"], paired["ci"], len(own), needed)
+    needed = metrics.pictures_needed(own.mean(0) - other.mean(0))
+    return Difference(of, than, paired["difference"], paired["ci"], own.shape[1], needed, len(own))
 
 
 def differences(
     main: Recipe, runs: dict[str, list[Run]], recipes: list[Recipe], base: Run
 ) -> list[Difference]:
-    """The main recipe against the base and each other recipe; seeds are averaged picture by picture."""
+    """The main recipe against the base and each other recipe."""
     rivals = [("base", scores([base]))]
     for recipe in recipes:
         if recipe.name == main.name:

@@ -85,7 +85,7 @@ def _group_lines(group: GroupResult, picture: str | None) -> list[str]:
 def _difference_lines(differences: list[Difference]) -> list[str]:
     """One line a recipe: its differences, and whether they are outside the interval."""
     lines = [
-        "Mean R@1 of both directions, in points, paired over pictures (seeds averaged), 95% intervals:",
+        "Mean R@1 of both directions, in points; 95% intervals, paired over pictures, over seeds too:",
         "",
     ]
     by_recipe: dict[str, list[str]] = {}

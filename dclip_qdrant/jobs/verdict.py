@@ -59,9 +59,13 @@ def _sentence(difference: Difference, rival: str, split: str) -> str:
         f"{than}: {difference.difference * 100:+.1f} points of mean R@1, 95% [{low * 100:+.1f}, "
         f"{high * 100:+.1f}], on {difference.n:,} pictures of {split}"
     )
+    if difference.seeds > 1:
+        line += f" and {difference.seeds} seeds"
     if word == "can't tell":
         if difference.needed is None:
             return f"{line}; there is no difference at all"
+        if difference.needed <= difference.n and difference.seeds > 1:  # the pictures are not what is missing
+            return f"{line}; it is close, a few more seeds would tell"
         if difference.needed <= difference.n:  # two ways to reckon that meet at the border
             return f"{line}; it is close, a few more would tell"
         line += f"; a difference of this size takes about {difference.needed:,}"

@@ -16,9 +16,11 @@ def test_pictures_needed_by_hand():
     # mean 0.5, sd of 1, 0, 0, 1 with n - 1: sqrt(1/3); (1.96 * 0.57735 / 0.5)^2 = 5.12
     assert metrics.pictures_needed(np.array([1.0, 0.0, 0.0, 1.0])) == 6
     assert metrics.pictures_needed(np.array([1.0, -1.0])) is None
-    own, other = np.array([1.0, 0.5, 1.0, 0.0]), np.array([0.0, 0.5, 1.0, -1.0])
+    own, other = np.array([[1.0, 0.5, 1.0, 0.0]]), np.array([[0.0, 0.5, 1.0, -1.0]])
     d = difference("a", own, "b", other)
-    assert (d.n, d.needed, d.difference) == (4, 6, 0.5)
+    assert (d.n, d.needed, d.difference, d.seeds) == (4, 6, 0.5, 1)
+    both = difference("a", np.concatenate([own + 0.25, own - 0.25]), "b", other)
+    assert (both.n, both.needed, both.difference, both.seeds) == (4, 6, 0.5, 2)  # of the seeds' mean
 
 
 def test_ratio_interval_is_paired():
@@ -67,3 +69,9 @@ def test_a_border_is_no_contradiction():
     text = judge("best", [against("base", -0.001, 0.028, 577)], split="test").text()
     assert "it is close, a few more would tell" in text
     assert "577" not in text
+
+
+def test_seeds_that_disagree_are_what_is_missing():
+    spread = Difference("best", "base", 0.02, [-0.001, 0.04], n=1000, needed=300, seeds=3)
+    text = judge("best", [spread], split="test").text()
+    assert "on 1,000 pictures of test and 3 seeds; it is close, a few more seeds would tell" in text

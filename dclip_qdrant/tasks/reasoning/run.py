@@ -297,7 +297,7 @@ def protocol(
                 alone = right
             else:
                 row["differences"] = {
-                    key: metrics.paired_difference(np.mean(alone[key], 0), np.mean(values, 0))
+                    key: metrics.paired_difference(np.array(alone[key]), np.array(values))
                     for key, values in right.items()
                 }
             rows.append(row)

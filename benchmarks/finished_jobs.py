@@ -22,7 +22,7 @@ def stages_of(run: Path) -> dict[str, dict[int, Path]]:
     """{recipe: {seed: folder}} of a job's students."""
     out: dict[str, dict[int, Path]] = {}
     for label, folder in table_of(run)["runs"].items():
-        found = LABEL.fullmatch(label)
-        if found:
-            out.setdefault(found["recipe"], {})[int(found["seed"])] = Path(folder)
+        match = LABEL.fullmatch(label)
+        if match:
+            out.setdefault(match["recipe"], {})[int(match["seed"])] = Path(folder)
     return out

@@ -112,7 +112,7 @@ def figures_of(recipe: str, runs: list[Path], suite: str) -> dict[str, Any]:
     has it."""
     stages = {name: [stage for stage, _ in rows] for name, rows in stages_of_all(runs).items()}
     own = stages[recipe]
-    found = [json.loads((stage / "manifest.json").read_text())["metrics"] for stage in own]
+    trained = [json.loads((stage / "manifest.json").read_text())["metrics"] for stage in own]
     against = {"base": recalls(stages["base"][:1])}
     if "sft" in stages:
         against |= {"sft": recalls(stages["sft"], "as_trained"), "sft+wise_ft": recalls(stages["sft"])}
@@ -122,9 +122,9 @@ def figures_of(recipe: str, runs: list[Path], suite: str) -> dict[str, Any]:
         "suite": suite,
         "group": LARGE_TEACHER,
         "seeds": len(own),
-        "mean_r@1": float(np.mean([m["chosen"]["test"]["mean_r@1"] for m in found])),
-        "retention": float(np.mean([m["chosen"]["retention"] for m in found])),
-        "seconds": round(float(np.mean([m["seconds"] for m in found])), 1),
+        "mean_r@1": float(np.mean([m["chosen"]["test"]["mean_r@1"] for m in trained])),
+        "retention": float(np.mean([m["chosen"]["retention"] for m in trained])),
+        "seconds": round(float(np.mean([m["seconds"] for m in trained])), 1),
         "differences": [{"than": d.than, "difference": d.difference, "ci": d.ci} for d in differences],
     }
 

@@ -60,13 +60,17 @@ def with_stages(unbroken, out, *kinds):
     return out
 
 
+def is_train_worker(process):
+    try:
+        return "RayTrainWorker" in " ".join(process.cmdline())
+    except psutil.NoSuchProcess:  # it ended meanwhile; a zombie counts as one of these
+        return False
+
+
 def kill_train_workers(on_head):
     """SIGKILL for Ray Train's workers of our own head; how many there were."""
-    workers = [
-        process
-        for process in psutil.Process(int(on_head["HEAD_PID"])).children(recursive=True)
-        if process.is_running() and "RayTrainWorker" in " ".join(process.cmdline())
-    ]
+    processes = psutil.Process(int(on_head["HEAD_PID"])).children(recursive=True)
+    workers = [process for process in processes if is_train_worker(process)]
     for worker in workers:
         worker.kill()
     return len(workers)

@@ -18,9 +18,10 @@ import matplotlib
 import numpy as np
 import safetensors
 from finished_jobs import stages_of, table_of
+from upath import UPath
 
 from dclip_qdrant import metrics
-from dclip_qdrant.jobs.comparison import difference
+from dclip_qdrant.jobs.comparison import difference, scores_of_stages
 from dclip_qdrant.jobs.suite_report import put_figures
 from dclip_qdrant.recipe import HERE
 from dclip_qdrant.training.figures import load_ranks
@@ -101,22 +102,18 @@ def points_of(runs: list[Path]) -> list[Point]:
     return [Point(name, size, *interval(stages, "chosen")) for (name, size), stages in sized.items()]
 
 
-def recalls(stages: list[Path], kind: str = "chosen") -> np.ndarray:
-    """Mean R@1 of both directions of each run and picture [S, N]."""
-    there = [kind if (stage / f"ranks-{kind}.npz").exists() else "chosen" for stage in stages]
-    return np.array([metrics.mean_r1(load_ranks(s, k)) for s, k in zip(stages, there, strict=True)])
-
-
 def figures_of(recipe: str, runs: list[Path], suite: str) -> dict[str, Any]:
     """What the jobs whose main recipe it is measured of it together, as `dclip_qdrant/recipes/figures.json`
     has it."""
-    stages = {name: [stage for stage, _ in rows] for name, rows in stages_of_all(runs).items()}
+    stages = {name: [UPath(stage) for stage, _ in rows] for name, rows in stages_of_all(runs).items()}
     own = stages[recipe]
     trained = [json.loads((stage / "manifest.json").read_text())["metrics"] for stage in own]
-    against = {"base": recalls(stages["base"][:1])}
+    against = {"base": scores_of_stages(stages["base"][:1])}
     if "sft" in stages:
-        against |= {"sft": recalls(stages["sft"], "as_trained"), "sft+wise_ft": recalls(stages["sft"])}
-    differences = [difference(recipe, recalls(own), than, other) for than, other in against.items()]
+        against["sft"] = scores_of_stages(stages["sft"], "as_trained")
+        against["sft+wise_ft"] = scores_of_stages(stages["sft"])
+    scores = scores_of_stages(own)
+    differences = [difference(recipe, scores, than, other) for than, other in against.items()]
     return {
         "recipe": recipe,
         "suite": suite,
@@ -193,9 +190,8 @@ def main() -> None:
     if args.figures:
         jobs: dict[str, list[Path]] = {}
         for run in args.runs:
-            jobs.setdefault(table_of(run)["rows"][-1]["name"], []).append(
-                run
-            )  # the main recipe's is the last
+            main_row = table_of(run)["rows"][-1]
+            jobs.setdefault(main_row["name"], []).append(run)
         put_figures([figures_of(recipe, own, args.suite) for recipe, own in jobs.items()], FIGURES)
     points = sorted(points_of(args.runs), key=lambda p: p.recall)
     for p in points:

@@ -162,14 +162,14 @@ def paired_difference(
 
     def seeds_of(scores: np.ndarray) -> np.ndarray:
         count = len(scores)
-        return rng.integers(0, count, count - 1) if count > 1 else np.zeros(1, int)
+        return rng.integers(0, count, max(count - 1, 1))
 
     drawn = []
     for _ in range(bootstrap):
         take = rng.integers(0, pictures, pictures)
         of_b = seeds_of(b)
         of_a = of_b if len(a) == len(b) else seeds_of(a)
-        drawn.append(b[of_b][:, take].mean() - a[of_a][:, take].mean())
+        drawn.append(b[:, take].mean(1)[of_b].mean() - a[:, take].mean(1)[of_a].mean())
     low, high = np.percentile(drawn, [2.5, 97.5])
     return {"difference": float(b.mean() - a.mean()), "ci": [float(low), float(high)]}
 

@@ -2,11 +2,12 @@
 pictures."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+from upath import UPath
 
 from dclip_qdrant import metrics
 from dclip_qdrant.recipe import Recipe
@@ -180,10 +181,15 @@ def row(name: str, seeds: list[Figures], alphas: list[float] | None = None) -> R
 def scores(runs: list[Run], name: str = "chosen") -> np.ndarray:
     """Mean R@1 of each run (seed) and picture [S, N]; `as_trained` are the weights before WiSE-FT, which are
     the chosen ones where alpha came out as 1."""
+    return scores_of_stages([run.stage.path for run in runs], name)
+
+
+def scores_of_stages(folders: Sequence[UPath], name: str = "chosen") -> np.ndarray:
+    """`scores` by the folders of the runs' stages."""
     each = []
-    for run in runs:
-        there = (run.stage.path / f"ranks-{name}.npz").exists()
-        each.append(metrics.mean_r1(load_ranks(run.stage.path, name if there else "chosen")))
+    for folder in folders:
+        there = (folder / f"ranks-{name}.npz").exists()
+        each.append(metrics.mean_r1(load_ranks(folder, name if there else "chosen")))
     return np.array(each)
 
 

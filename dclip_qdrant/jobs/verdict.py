@@ -64,10 +64,11 @@ def _sentence(difference: Difference, rival: str, split: str) -> str:
     if word == "can't tell":
         if difference.needed is None:
             return f"{line}; there is no difference at all"
-        if difference.needed <= difference.n and difference.seeds > 1:  # the pictures are not what is missing
-            return f"{line}; it is close, a few more seeds would tell"
-        if difference.needed <= difference.n:  # two ways to reckon that meet at the border
-            return f"{line}; it is close, a few more would tell"
+        if (
+            difference.needed <= difference.n
+        ):  # two ways to reckon that meet at the border, or the seeds differ
+            more = "a few more seeds" if difference.seeds > 1 else "a few more"
+            return f"{line}; it is close, {more} would tell"
         line += f"; a difference of this size takes about {difference.needed:,}"
     return line
 

@@ -117,7 +117,7 @@ def _differences(comparisons: Sequence[dict[str, Any]]) -> str:
         difference, low, high = (round(v * 100, 1) + 0.0 for v in (c["difference"], *c["ci"]))
         names = f"{NAMES.get(c['of'], c['of'])} minus {NAMES.get(c['than'], c['than'])}"
         lines.append(f"<li>{names}: {difference:+.1f} points, 95% interval {low:.1f} to {high:.1f}</li>")
-    title = "<p>Mean R@1 of both directions, paired over pictures (bootstrap):</p>"
+    title = "<p>Mean R@1 of both directions, paired over pictures, bootstrap over pictures and seeds:</p>"
     return f'{title}<ul class="notes">{"".join(lines)}</ul>'
 
 

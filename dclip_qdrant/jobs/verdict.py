@@ -64,9 +64,8 @@ def _sentence(difference: Difference, rival: str, split: str) -> str:
     if word == "can't tell":
         if difference.needed is None:
             return f"{line}; there is no difference at all"
-        if (
-            difference.needed <= difference.n
-        ):  # two ways to reckon that meet at the border, or the seeds differ
+        # two ways to reckon that meet at the border, or seeds that differ
+        if difference.needed <= difference.n:
             more = "a few more seeds" if difference.seeds > 1 else "a few more"
             return f"{line}; it is close, {more} would tell"
         line += f"; a difference of this size takes about {difference.needed:,}"

@@ -10,7 +10,9 @@ students on other pictures than the jobs did, about 15 seconds a student for 500
 """
 
 import argparse
+import json
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +21,10 @@ from finished_jobs import stages_of
 
 from dclip_qdrant import metrics
 from dclip_qdrant.pairs import Pairs
+from dclip_qdrant.recipe import InheritSettings
 from dclip_qdrant.training.evaluate import EvalSet
 from dclip_qdrant.training.figures import load_ranks
-from dclip_qdrant.training.models import two_tower
+from dclip_qdrant.training.models import inherit, two_tower
 
 
 class OtherPictures:
@@ -34,9 +37,21 @@ class OtherPictures:
         self.pictures = EvalSet(found, split, None)
 
     def ranks(self, run: Path, stage: Path) -> metrics.Ranks:
-        model = two_tower.load(str(run / "base"))
+        model = start_of(run, stage)
         model.load_weights(safetensors.torch.load_file(stage / "weights.safetensors"))
         return self.pictures.ranks(model)
+
+
+def start_of(run: Path, stage: Path) -> two_tower.TwoTower:
+    """A model of a student's shape: the job's base, cut again where the student's recipe cuts it."""
+    whole = two_tower.load(str(run / "base"))
+    settings = json.loads((stage / "manifest.json").read_text())["inputs"]["recipe"]["student"].get("inherit")
+    if settings is None:
+        return whole
+    with tempfile.TemporaryDirectory() as folder:
+        cut = str(Path(folder) / "cut")
+        inherit.write(whole, cut, InheritSettings(**settings))
+        return two_tower.load(cut)
 
 
 def recalls(ranks: metrics.Ranks) -> tuple[np.ndarray, np.ndarray]:

@@ -45,9 +45,7 @@ def judge(recipe: str, differences: list[Difference], *, split: str) -> Verdict:
         sentences.append(_sentence(plain, "plain fine-tuning", split))
     elif recipe != RIVAL:
         sentences.append(f"not held against plain fine-tuning (the recipe {RIVAL!r})")
-    needed = base.needed if base.needed and base.needed > base.n else None
-    do = _next(against_base, against_plain, needed)
-    return Verdict(against_base, against_plain, sentences, do)
+    return Verdict(against_base, against_plain, sentences, _next(against_base, against_plain, base))
 
 
 def _sentence(difference: Difference, rival: str, split: str) -> str:
@@ -64,19 +62,26 @@ def _sentence(difference: Difference, rival: str, split: str) -> str:
     if word == "can't tell":
         if difference.needed is None:
             return f"{line}; there is no difference at all"
-        # two ways to reckon that meet at the border, or seeds that differ
-        if difference.needed <= difference.n:
+        if _is_close(difference):
             more = "a few more seeds" if difference.seeds > 1 else "a few more"
             return f"{line}; it is close, {more} would tell"
         line += f"; a difference of this size takes about {difference.needed:,}"
     return line
 
 
-def _next(against_base: Word, against_plain: Word | None, needed: int | None) -> str:
+def _is_close(difference: Difference) -> bool:
+    """Whether there are pictures enough for a difference of this size: two ways to reckon that meet at the
+    border, or seeds that differ."""
+    return difference.needed is not None and difference.needed <= difference.n
+
+
+def _next(against_base: Word, against_plain: Word | None, base: Difference) -> str:
     if against_base == "worse":
         return "keep the base; lower train.lr, or train on more of your own captioned pictures"
     if against_base == "can't tell":
-        count = f" (about {needed:,})" if needed else ""
+        if _is_close(base) and base.seeds > 1:
+            return "keep the base for now; train more seeds (--seeds), or on more pairs"
+        count = f" (about {base.needed:,})" if base.needed and not _is_close(base) else ""
         return f"keep the base for now; measure on more test pictures{count}, or train on more pairs"
     if against_plain == "worse":
         return f"train the recipe {RIVAL!r}: on these pairs plain fine-tuning is better"

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -78,21 +79,44 @@ def connect(address: str | None = None) -> None:
     # the dashboard, on a port of its own: without it Ray Train's controller complains every second
     for attempt in range(1, STARTS + 1):
         try:
-            ray.init(
-                address="local",
-                include_dashboard=True,
-                dashboard_host="127.0.0.1",
-                dashboard_port=free_port(),
-                num_cpus=max(4, os.cpu_count() or 1),
-                object_store_memory=1 << 30,
-                log_to_driver=True,
-            )
+            with _own_address():
+                ray.init(
+                    address="local",
+                    include_dashboard=True,
+                    dashboard_host="127.0.0.1",
+                    dashboard_port=free_port(),
+                    num_cpus=max(4, os.cpu_count() or 1),
+                    object_store_memory=1 << 30,
+                    log_to_driver=True,
+                )
             return
         except Exception as e:  # Ray gives its own start 30 s, which isn't enough on a busy machine
             if "timed out during startup" not in str(e) or attempt == STARTS:
                 raise
             logger.warning("the private cluster did not start in time; once more")
             ray.shutdown()
+
+
+@contextmanager
+def _own_address() -> Iterator[None]:
+    """A private cluster that starts in here tells its processes where it is.
+
+    Ray Train asks the cluster whether a run's controller is alive, and looks on the machine for one where it
+    isn't told: with somebody's `ray start --head` beside ours it asked that one, heard of no such controller
+    and was about to take a living run's resources away; with a second job it ended in a traceback.
+    """
+    port = free_port()
+    own = {"RAY_GCS_SERVER_PORT": str(port), "RAY_ADDRESS": f"127.0.0.1:{port}"}
+    before = {name: os.environ.get(name) for name in own}
+    os.environ.update(own)
+    try:
+        yield
+    finally:  # this process may start another one later
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def free_port() -> int:

@@ -3,6 +3,8 @@ they start one."""
 
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 from pages import check_serving, commands
@@ -102,6 +104,26 @@ def test_a_relative_path_in_a_submitted_job_is_refused(monkeypatch, tmp_path):
         cluster.absolute("runs", "--out")
     assert cluster.absolute("/runs", "--out") == "/runs"
     assert cluster.absolute("s3://b/runs", "--out") == "s3://b/runs"
+
+
+def test_a_private_cluster_is_its_own_beside_somebody_elses():
+    """Ray Train asks whether a run's controller lives of the cluster that a process finds by itself: that of
+    `ray start` on the same machine, which knew nothing of it."""
+    code = """
+import os, ray
+from ray._private.services import canonicalize_bootstrap_address
+from dclip_qdrant.jobs import cluster
+cluster.connect()
+found = ray.get(ray.remote(canonicalize_bootstrap_address).remote(None))
+own = ray.get_runtime_context().gcs_address
+assert found == own, (found, own)
+assert not {"RAY_ADDRESS", "RAY_GCS_SERVER_PORT"} & os.environ.keys()
+"""
+    with tempfile.TemporaryDirectory(prefix="ray-") as folder:  # a short path, for Ray's sockets
+        theirs = Path(folder) / "ray" / "ray_current_cluster"  # where `ray start` says which cluster it made
+        theirs.parent.mkdir()
+        theirs.write_text("192.0.2.1:6379")
+        python("-c", code, cwd=ROOT, env={**ENV, "RAY_TMPDIR": folder}, code=0)
 
 
 def test_serve_job_answers_as_the_student_does_and_stops_when_asked(student_folder, tmp_path):

@@ -90,6 +90,12 @@ def connect(address: str | None = None) -> None:
                     log_to_driver=True,
                 )
             return
+        except OSError as e:
+            folder = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR")
+            if folder and "AF_UNIX" in str(e):  # a socket's path has room for 107 bytes
+                came = f"{folder}, too long a path for Ray's sockets"
+                raise UsageError("RAY_TMPDIR or TMPDIR", came, "a short one", "RAY_TMPDIR=/tmp") from e
+            raise
         except Exception as e:  # Ray gives its own start 30 s, which isn't enough on a busy machine
             if "timed out during startup" not in str(e) or attempt == STARTS:
                 raise

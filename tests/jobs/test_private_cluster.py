@@ -126,6 +126,16 @@ assert not {"RAY_ADDRESS", "RAY_GCS_SERVER_PORT"} & os.environ.keys()
         python("-c", code, cwd=ROOT, env={**ENV, "RAY_TMPDIR": folder}, code=0)
 
 
+def test_a_path_too_long_for_rays_sockets_is_one_line(tmp_path):
+    long = tmp_path / ("a" * 80)  # a batch system's TMPDIR is as long
+    long.mkdir()
+    env = {name: value for name, value in ENV.items() if name != "RAY_TMPDIR"} | {"TMPDIR": str(long)}
+    done = python("-c", "from dclip_qdrant.jobs import cluster; cluster.connect()", cwd=ROOT, env=env, code=1)
+    line = done.stderr.strip().splitlines()[-1]
+    assert f"UsageError: RAY_TMPDIR or TMPDIR: {long}, too long a path for Ray's sockets" in line
+    assert line.endswith("-> RAY_TMPDIR=/tmp")
+
+
 def test_serve_job_answers_as_the_student_does_and_stops_when_asked(student_folder, tmp_path):
     import socket
     from concurrent.futures import ThreadPoolExecutor

@@ -142,24 +142,28 @@ def gains() -> list[tuple[str, bool, dict[str, Any]]]:
 
 
 def draw_models(axes: Axes, points: list[Point]) -> None:
+    largest = max(p.parameters for p in points)
     for p in points:
         colour = COLOURS.get(p.name, OURS)
         error = [[p.recall - p.low], [p.high - p.recall]]
         axes.errorbar(p.parameters / 1e6, p.recall, error, fmt="o", ms=7, capsize=3, color=colour)
         label = {"sft": "plain fine-tuning", "teacher_model": "large teacher"}.get(p.name, p.name)
-        left = p.name == "sft"  # the teacher stands at its right
+        left = p.name == "sft" and p.parameters > largest / 2  # the teacher stands at its right
+        if left:
+            label = label.replace(" ", "\n")  # between the models at both sides
         axes.annotate(
             f"{label}  {p.recall:.1f}",
             (p.parameters / 1e6, p.recall),
-            (-9 if left else 9, -3),
+            (-9 if left else 9, 0),
             textcoords="offset points",
+            va="center",
             ha="right" if left else "left",
             color=colour,
         )
     axes.set(xlabel="parameters, image + text (millions)", ylabel="mean R@1, text to image and back (%)")
     counts = " or ".join(sorted({f"{p.pictures:,}" for p in points}))
     axes.set_title(f"What was measured on {counts} test photos", fontsize=10)
-    axes.set_xlim(0, 1.45 * max(p.parameters for p in points) / 1e6)
+    axes.set_xlim(0, 1.45 * largest / 1e6)
     axes.grid(alpha=0.25)
 
 
@@ -176,7 +180,7 @@ def draw_gains(axes: Axes, rows: list[tuple[str, bool, dict[str, Any]]]) -> None
     axes.set_xlabel(
         "points of mean R@1 over plain fine-tuning\nof the same student (with WiSE-FT where it has it)"
     )
-    axes.set_title("What each recipe gains (blue: taught by a large teacher, on other photos)", fontsize=10)
+    axes.set_title("What each recipe gains (blue: from a large teacher, other photos)", fontsize=10)
     axes.grid(alpha=0.25, axis="x")
 
 

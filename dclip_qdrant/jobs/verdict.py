@@ -80,7 +80,7 @@ def _next(against_base: Word, against_plain: Word | None, base: Difference) -> s
         return "keep the base; lower train.lr, or train on more of your own captioned pictures"
     if against_base == "can't tell":
         if _is_close(base) and base.seeds > 1:
-            return "keep the base for now; train more seeds (--seeds), or on more pairs"
+            return "keep the base for now; train more seeds, or on more pairs"
         count = f" (about {base.needed:,})" if base.needed and not _is_close(base) else ""
         return f"keep the base for now; measure on more test pictures{count}, or train on more pairs"
     if against_plain == "worse":

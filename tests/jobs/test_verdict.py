@@ -75,6 +75,6 @@ def test_seeds_that_disagree_are_what_is_missing():
     spread = Difference("best", "base", 0.02, [-0.001, 0.04], n=1000, needed=300, seeds=3)
     verdict = judge("best", [spread], split="test")
     assert "on 1,000 pictures of test and 3 seeds; it is close, a few more seeds would tell" in verdict.text()
-    assert "train more seeds (--seeds)" in verdict.next
+    assert "train more seeds" in verdict.next
     few = Difference("best", "base", 0.02, [-0.001, 0.04], n=1000, needed=1300, seeds=3)
     assert "more test pictures (about 1,300)" in judge("best", [few], split="test").next

@@ -74,8 +74,10 @@ class RayHead:
             *(f"--{k}={v}" for k, v in flags.items()),
         ]
         self.log = self.path.open("w")
+        # Ray Train looks for a cluster on the machine where it isn't told one, and finds somebody else's
+        env = self.env | {"RAY_ADDRESS": self.gcs}
         self.process = subprocess.Popen(
-            command, env=self.env, stdout=self.log, stderr=subprocess.STDOUT, start_new_session=True
+            command, env=env, stdout=self.log, stderr=subprocess.STDOUT, start_new_session=True
         )
         try:
             self._wait_until_ready()

@@ -90,13 +90,12 @@ def connect(address: str | None = None) -> None:
                     log_to_driver=True,
                 )
             return
-        except OSError as e:
+        except Exception as e:
             folder = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR")
             if folder and "AF_UNIX" in str(e):  # a socket's path has room for 107 bytes
                 came = f"{folder}, too long a path for Ray's sockets"
                 raise UsageError("RAY_TMPDIR or TMPDIR", came, "a short one", "RAY_TMPDIR=/tmp") from e
-            raise
-        except Exception as e:  # Ray gives its own start 30 s, which isn't enough on a busy machine
+            # Ray gives its own start 30 s, which isn't enough on a busy machine
             if "timed out during startup" not in str(e) or attempt == STARTS:
                 raise
             logger.warning("the private cluster did not start in time; once more")
@@ -109,10 +108,11 @@ def _own_address() -> Iterator[None]:
 
     Ray Train asks the cluster whether a run's controller is alive, and looks on the machine for one where it
     isn't told: with somebody's `ray start --head` beside ours it asked that one, heard of no such controller
-    and was about to take a living run's resources away; with a second job it ended in a traceback.
+    and took a living run for dead, whose resources it then gives back; with a second job it ended in a
+    traceback.
     """
-    port = free_port()
-    own = {"RAY_GCS_SERVER_PORT": str(port), "RAY_ADDRESS": f"127.0.0.1:{port}"}
+    port = os.environ.get("RAY_GCS_SERVER_PORT") or str(free_port())
+    own = {"RAY_GCS_SERVER_PORT": port, "RAY_ADDRESS": f"127.0.0.1:{port}"}
     before = {name: os.environ.get(name) for name in own}
     os.environ.update(own)
     try:
